@@ -1,0 +1,300 @@
+"""Cut what pruning emptied out of a BERT: a smaller dense network that computes the same function.
+
+    python compact.py R/hybrid --data D --out R/hybrid-compact        compact, check on real text, score
+    python compact.py --compare R/teacher R/hybrid-compact R/filled --data D        the table, with speed
+
+compact() needs bert.py alone: heads and FFN dimensions go, the residual width E stays. After Lagunas
+et al. 2021 (the authors call it compile and optimize_model, huggingface/nn_pruning at 0cef2b2,
+nn_pruning/inference_model_patcher.py), but exact where they are not.
+
+    E hidden size   H heads   D head size   F FFN width   (out, in) weights
+Comments: `# Differs:` marks a deviation from the authors, `# Note:` a remark of ours.
+"""
+import argparse
+import dataclasses
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors, load_model, read_json, save_model,
+                  write_json)
+
+# ------------------------------------------------------------------------------------- compaction
+
+
+@torch.no_grad()
+def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
+    """A smaller model with the same function: in eval mode, for rows with at least one real token.
+
+    model: masked, baked, dense or compacted; it is left as it is. A head goes where it adds nothing
+    or a constant, an FFN dimension likewise, and the constants go into the bias that follows:
+
+        O columns of the head all 0                              adds nothing
+        V rows all 0: its values are the bias bᵥ, whatever
+            the attention is (a row of it sums to 1)             adds O bᵥ
+        column j of fc2 all 0                                    adds nothing
+        row j of fc1 all 0: its activation is act(b₁[j])         adds act(b₁[j]) · fc2[:, j]
+
+    # Differs: the reference removes a head as soon as one of Q, K and V is empty. With Q or K empty
+    # attention no longer looks at the tokens, but the head still adds a mean of V: here it stays.
+    """
+    c, D = model.config, model.config.head_size
+    tensors = dict(hf_tensors(model))       # a masked weight reads as W ⊙ M(S)
+    heads, widths = [], []
+    for i in range(c.num_hidden_layers):
+        query, key, value = (f"encoder.layer.{i}.attention.self.{x}" for x in ("query", "key", "value"))
+        out, fc1, fc2 = (f"encoder.layer.{i}.{x}.dense" for x in ("attention.output", "intermediate", "output"))
+
+        V, bV, O = (tensors[x].double() for x in (value + ".weight", value + ".bias", out + ".weight"))
+        kept = (V.view(-1, D, V.shape[1]) != 0).flatten(1).any(1) & (O.view(len(O), -1, D) != 0).any(2).any(0)
+        rows = kept.repeat_interleave(D)                                    # (H · D)
+        fold(tensors, out, O[:, ~rows] @ bV[~rows])
+        for name in (query, key, value):
+            tensors[name + ".weight"], tensors[name + ".bias"] = tensors[name + ".weight"][rows], tensors[name + ".bias"][rows]
+        tensors[out + ".weight"] = tensors[out + ".weight"][:, rows]
+        heads.append(int(kept.sum()))
+
+        W1, b1, W2 = (tensors[x].double() for x in (fc1 + ".weight", fc1 + ".bias", fc2 + ".weight"))
+        rows = (W1 != 0).any(1) & (W2 != 0).any(0)                          # (F)
+        fold(tensors, fc2, W2[:, ~rows] @ ACTIVATIONS[c.hidden_act](b1[~rows]))
+        tensors[fc1 + ".weight"], tensors[fc1 + ".bias"] = tensors[fc1 + ".weight"][rows], tensors[fc1 + ".bias"][rows]
+        tensors[fc2 + ".weight"] = tensors[fc2 + ".weight"][:, rows]
+        widths.append(int(rows.sum()))
+
+    like = model.qa_outputs.weight
+    with torch.random.fork_rng(devices=[]):     # Note: a new model draws random numbers; ours are not to move
+        small = BertForQuestionAnswering(dataclasses.replace(c, heads=heads, ffn=widths))
+    small.to(like.device, like.dtype).train(model.training)
+    for name, place in hf_tensors(small).items():
+        place.copy_(tensors[name])
+    return small
+
+
+def fold(tensors: dict[str, Tensor], linear: str, constant: Tensor) -> None:
+    """Add a constant output (fp64) to the bias of a linear layer."""
+    bias = tensors[linear + ".bias"]
+    tensors[linear + ".bias"] = (bias.double() + constant).to(bias.dtype)
+
+
+@torch.no_grad()
+def heads_authors_rule(model: BertForQuestionAnswering) -> list[int]:
+    """Heads left in each layer under the reference's rule: none of Q, K and V is empty (not exact)."""
+    D = model.config.head_size
+    return [int(torch.stack([(w.view(-1, D, w.shape[1]) != 0).flatten(1).any(1) for w in
+                             (a.query.weight, a.key.weight, a.value.weight)]).all(0).sum())
+            for a in (layer.attention for layer in model.bert.layers)]
+
+
+# ----------------------------------------------------------------------------------------- counts
+
+
+@torch.no_grad()
+def count_parameters(model: BertForQuestionAnswering) -> dict[str, int]:
+    """Sizes of a model, masks folded in. "linear" are the matrices of the encoder: what density is of.
+
+    linear: their elements; linear_nonzero: those that are not 0; linear_dense: their elements in the
+    dense model of the same configuration; encoder, total: all parameters, with biases and norms;
+    bytes: those of `total` in fp32.
+    """
+    c, tensors = model.config, hf_tensors(model)
+    encoder = {name: t for name, t in tensors.items() if name.startswith("encoder.")}
+    linear = [t for name, t in encoder.items() if t.dim() == 2]
+    total = sum(t.numel() for t in tensors.values())
+    return dict(linear=sum(t.numel() for t in linear), linear_nonzero=sum(int(t.count_nonzero()) for t in linear),
+                linear_dense=c.num_hidden_layers * (4 * c.hidden_size + 2 * c.intermediate_size) * c.hidden_size,
+                encoder=sum(t.numel() for t in encoder.values()), total=total, bytes=4 * total)
+
+
+def flops(config: BertConfig, length: int) -> int:
+    """Floating point operations of one row's forward pass, 2 for each multiply-add, products alone.
+
+    For T tokens a layer of H heads and width F has 4 · T · E · HD (projections), 2 · T² · HD (scores
+    and the mean they weigh) and 2 · T · E · F multiply-adds; the QA head 2 · T · E.
+    """
+    T, E, D = length, config.hidden_size, config.head_size
+    layers = sum(4 * T * E * H * D + 2 * T * T * H * D + 2 * T * E * F for H, F in zip(config.heads, config.ffn))
+    return 2 * (layers + 2 * T * E)
+
+
+@torch.no_grad()
+def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: int = 9, precision: str = "fp32",
+              device: str = "cpu") -> list[list[float]]:
+    """Milliseconds of each forward pass, by model: after two to warm up, the models take turns.
+
+    Random ids without padding; the models are moved to the device and set to eval mode.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, models[0].config.vocab_size, (batch, length), generator=generator).to(device)
+    times: list[list[float]] = [[] for _ in models]
+    models = [model.eval().to(device) for model in models]
+    for turn in range(-2, repeats):
+        for model, spent in zip(models, times):
+            if device != "cpu":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                model(ids)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if turn >= 0:
+                spent.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def draw(config: BertConfig) -> str:
+    """Heads and FFN width left in each layer, as text."""
+    lines = []
+    for i, (heads, width) in enumerate(zip(config.heads, config.ffn)):
+        full, most = config.num_attention_heads, config.intermediate_size
+        bar = round(24 * width / most)
+        lines.append(f"layer {i:2}  heads {'■' * heads}{'·' * (full - heads)} {heads:2}/{full}   "
+                     f"ffn {'█' * bar}{'·' * (24 - bar)} {width:4}/{most}")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def mask_rows(model: BertForQuestionAnswering) -> dict[str, dict[str, list[str]]]:
+    """The masks on the grid of blocks, a string of 0 and 1 a row, by layer and matrix."""
+    return {str(i): {name: ["".join("01"[int(x)] for x in row)
+                            for row in module.parametrizations.weight[0].block_mask()]
+                     for name, module in (*layer.attention.named_children(), *layer.ffn.named_children())}
+            for i, layer in enumerate(model.bert.layers)}
+
+
+# ----------------------------------------------------------------- the check, and what is written
+
+
+RESULTS = ("exact_match", "f1", "exact_match_masked", "f1_masked", "max_abs_logit_difference", "parameters", "density",
+           "heads", "heads_authors_rule", "ffn", "latency_ms", "speedup", "flops_ratio", "batch", "length", "device",
+           "threads", "precision", "data", "seed", "command", "seconds")
+
+
+def write_results(folder: str | Path, model: BertForQuestionAnswering, config, training, dev, **values) -> None:
+    """results.json of a run folder: what can be counted on the model, `values`, and null for the rest.
+
+    config, training, dev: the Config and the two Squads of train_squad.py (training may be None). heads and
+    ffn are those that compaction leaves; density is non-zero / dense linear weights.
+    """
+    counts, small = count_parameters(model), compact(model).config
+    data = dict(name=Path(config.data).name, sha256={"train": training and training.sha256, "dev": dev.sha256},
+                train_questions=training and len(training.ids), dev_questions=len(dev.ids))
+    results = dict.fromkeys(RESULTS) | dict(
+        parameters=counts, density=counts["linear_nonzero"] / counts["linear_dense"], heads=small.heads,
+        heads_authors_rule=heads_authors_rule(model), ffn=small.ffn, device=config.device, data=data,
+        threads=torch.get_num_threads(), precision=config.precision, seed=config.seed) | values
+    write_json(Path(folder, "results.json"), results)
+
+
+@torch.no_grad()
+def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batches, spans) -> float:
+    """Both models on real text: the largest |Δ logit| at a real token. ValueError if it is too large.
+
+    Allowed is 1e-5 · max(1, max |logit|), and another best span only where two spans are nearer than
+    twice that. batches: ids, types, real, context; spans(start, end, context) → score, i, j.
+    """
+    worst, largest, doubtful = 0.0, 1.0, []
+    for batch in batches:
+        real, outputs = batch["real"], []
+        for m in (model, small):
+            outputs.append([logits.masked_fill(~real, 0) for logits in m(batch["ids"], batch["types"], real)])
+        (s, e), (s2, e2) = outputs
+        worst = max(worst, float((s - s2).abs().max()), float((e - e2).abs().max()))
+        largest = max(largest, float(s.abs().max()), float(e.abs().max()))
+        (value, i, j), (_, i2, j2) = spans(s, e, batch["context"]), spans(s2, e2, batch["context"])
+        row = torch.arange(len(i), device=i.device)
+        moved = (i != i2) | (j != j2)
+        doubtful += (value - s[row, i2] - e[row, j2])[moved].tolist()   # how much worse the other span is
+    tolerance = 1e-5 * largest
+    if not worst <= tolerance or any(gap > 2 * tolerance for gap in doubtful):
+        raise ValueError(f"the compacted model differs: |Δ logit| {worst:.2e} where {tolerance:.2e} is allowed, "
+                         f"{len(doubtful)} other spans. Nothing was written")
+    return worst
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def run(folder: Path, out: Path, data: str, dev_questions: Optional[int], command: str) -> None:
+    """Compact a run folder into another: checked on real text, then scored as read back from disk."""
+    import train_squad as ts    # Note: here, because train_squad imports this file
+    began, settings = time.monotonic(), read_json(folder / "run.json")["settings"]
+    config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"],
+                                    "dev_questions": dev_questions or settings["dev_questions"]}))
+    dev = ts.read_squad(config.data, "dev-v1.1.json", config.dev_questions, config.seed)
+    features = ts.Features(dev, ts.load_tokenizer(folder), config, training=False)
+    masked = ts.load_pruning(folder).eval().to(config.device)
+    small = compact(masked)
+    some = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.seed))[:1024].numpy()
+    worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),
+                  lambda s, e, context: ts.best_spans(s, e, context, config.max_answer))
+    save_model(small, out, folder / "vocab.txt")
+    if hasattr(masked.bert.layers[0].ffn.fc1, "parametrizations"):
+        write_json(out / "masks.json", mask_rows(masked))
+    write_json(out / "run.json", {**read_json(folder / "run.json"), "command": command})
+    small = load_model(out)
+    before, after = (ts.score(ts.predict(model, features, config), dev.truths()) for model in (masked, small))
+    write_results(out, small, config, None, dev, **after, exact_match_masked=before["exact_match"],
+                  f1_masked=before["f1"], max_abs_logit_difference=worst, command=command,
+                  heads_authors_rule=heads_authors_rule(masked), seconds=time.monotonic() - began)
+    print(f"{draw(small.config)}\n{out}: F1 {before['f1']:.2f} masked, {after['f1']:.2f} compact; the largest logit "
+          f"difference over {len(some)} windows in fp32 is {worst:.1e}")
+
+
+def compare(folders: list[Path], batch: int, length: int) -> None:
+    """The table of some run folders; speed is held against the first, measured in one go in fp32."""
+    models = [load_model(folder) for folder in folders]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    times = [statistics.median(t) for t in benchmark(models, batch, length, device=device)]
+    print(f"\n{'model':16} {'EM':>6} {'F1':>6} {'linear':>8} {'density':>8} {'total':>8} {'heads':>7} {'FLOPs':>7} "
+          f"{'ms':>7} {'speed':>6}")
+    table = []
+    for folder, model, ms in zip(folders, models, times):
+        results = read_json(folder / "results.json")
+        results.update(latency_ms=ms, speedup=times[0] / ms, batch=batch, length=length,
+                       flops_ratio=flops(models[0].config, length) / flops(model.config, length))
+        write_json(folder / "results.json", results)
+        p, heads = results["parameters"], results["heads"]
+        print(f"{folder.name:16} {results['exact_match']:6.2f} {results['f1']:6.2f} {p['linear'] / 1e6:7.2f}M "
+              f"{results['density']:8.3f} {p['total'] / 1e6:7.2f}M {sum(heads):3}/{models[0].config.num_attention_heads * len(heads)} "
+              f"{results['flops_ratio']:6.2f}x {ms:7.1f} {results['speedup']:5.2f}x")
+        table.append({"model": folder.name, **results})
+    write_json(folders[0].parent / "summary.json", table)
+    print(f"forward pass of {batch} x {length} word pieces in fp32 on {device}, {torch.get_num_threads()} threads. "
+          + ("The built-in made-up corpus, NOT SQuAD." if table[0]["data"]["name"] == "builtin" else ""))
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="the run folder to compact")
+    parser.add_argument("--out", type=Path, help="the folder to write")
+    parser.add_argument("--compare", nargs="+", type=Path, metavar="FOLDER", help="print the table of run folders")
+    parser.add_argument("--data", default="", help="folder with dev-v1.1.json; default: that of the run")
+    parser.add_argument("--dev-questions", type=int, help="as in train_squad.py; default: that of the run")
+    parser.add_argument("--batch", type=int, default=32, help="rows of the timed forward pass")
+    parser.add_argument("--length", type=int, default=128, help="word pieces in each of them")
+    a = parser.parse_args(argv)
+    try:
+        if a.compare:
+            compare(a.compare, a.batch, a.length)
+        elif a.folder and a.out:
+            run(a.folder, a.out, a.data, a.dev_questions,
+                shlex.join(["python", "compact.py", *(sys.argv[1:] if argv is None else argv)]))
+        else:
+            parser.error("give a run folder and --out, or --compare")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

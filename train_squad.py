@@ -1,0 +1,742 @@
+"""Fine-tune, fine-prune and refill a BERT on SQuAD: data, metrics, masks, loss, loop.
+
+    python train_squad.py --data D --init WEIGHTS --out R/teacher                        dense fine-tuning
+    python train_squad.py --data D --init R/teacher --teacher R/teacher --method hybrid --out R/hybrid
+    python compact.py R/hybrid --data D --out R/hybrid-compact
+    python train_squad.py --data D --init R/hybrid-compact --teacher R/teacher --fill --out R/filled
+    python train_squad.py --score PREDICTIONS.json DEV.json                              the official EM and F1
+
+After Lagunas et al. 2021 and its code, huggingface/nn_pruning at 0cef2b2, cited as [R:file]; windows and
+labels as in google-research/bert. With five minutes, read add_masks(), loss_terms() and train().
+
+    B batch   T tokens   S scores   τ threshold   λ weight of the penalty
+Comments: `# Paper:` is the authors' method, `# Note:` our remark, `# Differs:` a deviation.
+"""
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import lzma
+import math
+import platform
+import random
+import re
+import shlex
+import signal
+import string
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+
+import blockprune
+from bert import (BertForQuestionAnswering, load_config, load_model, read_json, read_safetensors, replacing,
+                  save_model, write_json, write_safetensors)
+from compact import write_results
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting: each field is a flag, its comment the help. None: set by the preset or the machine."""
+    data: str = "data/squad"        # folder with train-v1.1.json and dev-v1.1.json, plain or .xz; or builtin
+    init: str = "weights/minilm"    # model folder to start from
+    out: str = "runs/dense"         # run folder to write
+    teacher: str = ""               # fine-tuned model folder to distil from; none if empty
+    method: str = "dense"           # dense, hybrid, block, struct or unstructured
+    block: str = "32x32"            # r x c of query, key, value; transposed for out; in block of the FFN too
+    fill: bool = False              # refill a compacted model: noise for zeros, then fine-tuning
+    preset: Optional[str] = None    # builtin, small or paper: gives the values of the fields left None
+    questions: Optional[int] = None         # first n of a seeded shuffle of the training questions; None: all
+    dev_questions: Optional[int] = None     # the same of the dev questions; None: all
+    max_length: int = 384           # word pieces in a window                         [R:command_line.py]
+    stride: int = 128               # word pieces that neighbouring windows share     [R:command_line.py]
+    max_question: int = 64          # word pieces; longer questions are cut           [google-research/bert]
+    max_answer: int = 30            # word pieces                                     [R:command_line.py]
+    seed: int = 17                  # of everything random                            [R:command_line.py]
+    epochs: Optional[float] = None  # paper: 20 of pruning, 4 of filling
+    batch: int = 16                 # windows a step; paper: 16
+    lr: Optional[float] = None      # of the weights, at its peak; paper: 3e-5
+    score_lr: Optional[float] = None        # of the scores; its sum over a run bounds their fall; paper: 1e-2
+    warmup_steps: Optional[int] = None      # None: 5 %% of the run; paper: 5,400 of 110,660, and 10 of a fill
+    initial_warmup: float = 1       # τ stays 0 for so many warm-ups                  [R:command_line.py]
+    final_warmup: float = 10        # and stays final for so many at the end          [R:command_line.py]
+    threshold: float = 0.1          # final τ: a block is pruned at σ(S) ≤ τ          [R:command_line.py]
+    final_lambda: Optional[float] = None    # λ at the final τ: the higher, the less is kept; paper: 2.5 to 40
+    attention_lambda: float = 1     # times λ: attention's share                      [R:patch_coordinator.py]
+    dense_lambda: float = 1         # times λ: the FFN's share                        [R:patch_coordinator.py]
+    alpha_ce: float = 0.1           # weight of the cross entropy, if there is a teacher    [R:command_line.py]
+    alpha_kd: float = 0.9           # weight of the distillation                      [R:command_line.py]
+    temperature: float = 2          # T of the distillation                           [R:command_line.py]
+    attention_dropout: Optional[float] = None   # paper: 0.1; at 0 a CPU takes 2.4 times less for a step
+    weight_decay: float = 0         # of matrices                                     [R:command_line.py]
+    clip: float = 1                 # norm of all gradients together, those of scores too
+    precision: Optional[str] = None         # bf16 or fp32; None: bf16 where the machine multiplies in it
+    device: Optional[str] = None    # cpu or cuda; None: cuda where there is one
+    log_every: int = 20             # steps
+    checkpoint_every: int = 300     # seconds
+
+
+# λ does not carry over between lengths or models: a score feels λ / (kinds · tensors · scores), and how far
+# it goes is a matter of Σ score_lr. Short runs on a small model need both higher than the paper's.
+PRESETS = {
+    "builtin": dict(dense=dict(epochs=2, lr=3e-4, attention_dropout=0.0),
+                    prune=dict(epochs=3, lr=3e-4, score_lr=0.2, final_lambda=80, attention_dropout=0.0),
+                    fill=dict(epochs=1, lr=3e-4, warmup_steps=10, attention_dropout=0.0)),
+    "small": dict(dense=dict(epochs=3, lr=1e-4, attention_dropout=0.0),
+                  prune=dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80, attention_dropout=0.0),
+                  fill=dict(epochs=2, lr=1e-4, warmup_steps=10, attention_dropout=0.0)),
+    "paper": dict(dense=dict(epochs=2, lr=3e-5, attention_dropout=0.1),
+                  prune=dict(epochs=20, lr=3e-5, score_lr=0.01, final_lambda=20, warmup_steps=5400,
+                             attention_dropout=0.1),
+                  fill=dict(epochs=4, lr=3e-5, warmup_steps=10, attention_dropout=0.1)),
+}
+CHOICES = {"method": ["dense", "hybrid", "block", "struct", "unstructured"], "preset": list(PRESETS),
+           "precision": ["bf16", "fp32"], "device": ["cpu", "cuda"]}
+MAY_BE_ZERO = ("stride", "seed", "warmup_steps", "initial_warmup", "final_warmup", "final_lambda", "attention_lambda",
+               "dense_lambda", "alpha_ce", "alpha_kd", "attention_dropout", "weight_decay", "checkpoint_every")
+NOT_SETTINGS = ("out", "log_every", "checkpoint_every")     # may change when a run goes on
+
+
+def settle(config: Config) -> Config:
+    """A copy with every None filled in; ValueError for what cannot be."""
+    c = dataclasses.replace(config)
+    c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    c.precision = c.precision or best_precision(c.device)
+    c.preset = c.preset or ("builtin" if Path(c.data).name == "builtin" else "small")
+    for name, choices in CHOICES.items():
+        if getattr(c, name) not in choices:
+            raise ValueError(f"--{name} {getattr(c, name)}: use one of {', '.join(choices)}")
+    if c.fill and c.method != "dense":
+        raise ValueError("--fill trains without masks: leave --method out")
+    stage = "fill" if c.fill else "dense" if c.method == "dense" else "prune"
+    for name, value in PRESETS[c.preset][stage].items():
+        if getattr(c, name) is None:
+            setattr(c, name, value)
+    for name, value in vars(c).items():
+        least = "0 or more" if name in MAY_BE_ZERO else "over 0"
+        if type(value) in (int, float) and not (0 <= value < math.inf and (value or name in MAY_BE_ZERO)):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least}")
+    if c.threshold >= 0.5:
+        raise ValueError(f"--threshold {c.threshold}: it must be under 0.5, where scores start")
+    if c.max_length - 3 - c.max_question <= c.stride:
+        raise ValueError(f"--max-length {c.max_length}: no room for a question of {c.max_question} (--max-question) "
+                         f"word pieces beside a --stride of {c.stride}")
+    return c
+
+
+def best_precision(device: str) -> str:
+    """bf16 where the machine has units for it (without them it is slower), else fp32."""
+    if device != "cpu":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    units = torch.cpu.get_capabilities()
+    return "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "fp32"
+
+
+def parse_block(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise ValueError(f"--block {text}: two numbers are expected, as in 32x32")
+    r, c = text.split("x")
+    return int(r), int(c)
+
+
+# ---------------------------------------------------------------- metrics, as in the official scorer
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def token_f1(prediction: str, truth: str) -> float:
+    """Harmonic mean of precision and recall over the words that both have."""
+    a, b = normalize_answer(prediction).split(), normalize_answer(truth).split()
+    same = sum((collections.Counter(a) & collections.Counter(b)).values())
+    return 2 * same / (len(a) + len(b)) if same else 0.0
+
+
+def score(predictions: dict[str, str], truths: dict[str, list[str]]) -> dict[str, float]:
+    """Exact match and F1 in percent: the best over a question's answers, the mean over the questions.
+
+    predictions: text by question id. As in evaluate-v1.1.py, a question without one counts 0.
+    """
+    exact = f1 = 0.0
+    for text, answers in ((predictions[i], answers) for i, answers in truths.items() if i in predictions):
+        exact += any(normalize_answer(text) == normalize_answer(answer) for answer in answers)
+        f1 += max(token_f1(text, answer) for answer in answers)
+    return {"exact_match": 100 * exact / len(truths), "f1": 100 * f1 / len(truths)}
+
+
+# ------------------------------------------------------------------------------------ SQuAD on disk
+
+
+@dataclasses.dataclass
+class Squad:
+    """Questions over passages. passage: its number, by question; answers: (text, start) pairs, by question."""
+    passages: list[str]
+    ids: list[str]
+    questions: list[str]
+    passage: list[int]
+    answers: list[list[tuple[str, int]]]
+    sha256: str = ""    # of the file, unpacked
+
+    def truths(self) -> dict[str, list[str]]:
+        return {i: [text for text, _ in answers] for i, answers in zip(self.ids, self.answers)}
+
+
+def read_squad(folder: str | Path, name: str, limit: Optional[int] = None, seed: int = 0) -> Squad:
+    """SQuAD's JSON from folder/name or folder/name.xz; with a limit, the first of a seeded shuffle.
+
+    FileNotFoundError if it is not there; ValueError with the place where a key is missing or not of its type.
+    """
+    path = Path(folder, name)
+    try:
+        raw = path.read_bytes() if path.is_file() else lzma.decompress(Path(f"{path}.xz").read_bytes())
+        tree = json.loads(raw)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder}: neither {name} nor {name}.xz is there") from None
+    except (ValueError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path}: cut off, or not JSON: {error}") from None
+
+    def get(node, key, kind, where):
+        if not isinstance(node, dict) or type(node.get(key)) is not kind:
+            raise ValueError(f"{path}: not SQuAD: {where or 'the file'} has no {key!r} that is a {kind.__name__}")
+        return node[key]
+
+    squad = Squad([], [], [], [], [], hashlib.sha256(raw).hexdigest())
+    for a, article in enumerate(get(tree, "data", list, "")):
+        for p, paragraph in enumerate(get(article, "paragraphs", list, f"data[{a}]")):
+            squad.passages.append(get(paragraph, "context", str, f"data[{a}].paragraphs[{p}]"))
+            for q, qa in enumerate(get(paragraph, "qas", list, f"data[{a}].paragraphs[{p}]")):
+                where = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                squad.ids.append(get(qa, "id", str, where))
+                squad.questions.append(get(qa, "question", str, where))
+                squad.passage.append(len(squad.passages) - 1)
+                squad.answers.append([(get(x, "text", str, where + ".answers"), get(x, "answer_start", int, where + ".answers"))
+                                      for x in get(qa, "answers", list, where)])
+                if not squad.answers[-1]:
+                    raise ValueError(f"{path}: {where} has no answer: SQuAD 1.1 is expected")
+    if not squad.ids:
+        raise ValueError(f"{path}: no question in it")
+    order = list(range(len(squad.ids)))
+    if limit is not None:
+        random.Random(seed).shuffle(order)
+    for column in ("ids", "questions", "passage", "answers"):
+        setattr(squad, column, [getattr(squad, column)[i] for i in order[:limit]])
+    return squad
+
+
+NAMES = ("Anna Ben Carl Dora Emma Frank Grace Henry Ida Jack Karen Leo Mary Nora Oscar Paul Rose Sam Tina Victor",
+         "Adams Baker Carter Davis Evans Fisher Grant Hill Jones King Lewis Moore Parker Reed Scott Stone Turner Wood")
+FACTS = {   # a fact → the question for it, its values
+    "works as a {}": ("What does {} work as?", "teacher nurse farmer painter lawyer singer driver dentist writer"),
+    "was born in {}": ("Where was {} born?", "London Paris Rome Berlin Vienna Madrid Dublin Boston Cairo Tokyo"),
+    "owns a {}": ("Which animal does {} own?", "cat dog horse goat rabbit parrot snake duck pig turtle"),
+    "plays the {}": ("Which instrument does {} play?", "piano violin guitar flute drums harp cello trumpet organ"),
+    "likes {}": ("What does {} like to eat?", "bread rice cheese fish soup apples cake honey eggs beans"),
+}
+
+
+def builtin_corpus(passages: int, seed: int) -> dict:
+    """Made-up townspeople in SQuAD's form: a question needs both the name and the relation to be answered.
+
+    Not SQuAD, and far easier: it is there so that the whole pipeline runs with no data at hand.
+    """
+    rng, paragraphs = random.Random(seed), []
+    for p in range(passages):
+        people = [" ".join(pair) for pair in zip(*(rng.sample(names.split(), 3) for names in NAMES))]
+        said = [(fact, *pair) for fact in rng.sample(list(FACTS), 2)
+                for pair in zip(people, rng.sample(FACTS[fact][1].split(), 3))]
+        context, qas = "", []
+        for fact, person, value in rng.sample(said, len(said)):
+            start = len(f"{context}{person} ") + fact.index("{")
+            qas.append({"id": f"builtin-{seed}-{p}-{len(qas)}", "question": FACTS[fact][0].format(person),
+                        "answers": [{"text": value, "answer_start": start}]})
+            context += f"{person} {fact.format(value)}. "
+        paragraphs.append({"context": context.strip(), "qas": qas[::2]})
+    return {"version": "builtin", "data": [{"title": "Townspeople", "paragraphs": paragraphs}]}
+
+
+def write_builtin(folder: str | Path) -> None:
+    """The built-in corpus as two files in a folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, passages, seed in (("train", 700, 1), ("dev", 150, 2)):
+        write_json(folder / f"{part}-v1.1.json", builtin_corpus(passages, seed))
+
+
+# --------------------------------------------------------------------------------------- features
+
+
+class Texts:
+    """Word pieces of many texts in flat arrays: ids, and the characters [begin, end) each stands for."""
+
+    def __init__(self, tokenizer, texts: list[str]):
+        ids, chars = [], []
+        for i in range(0, len(texts), 1000):    # encode_batch works on all cores
+            for e in tokenizer.encode_batch(texts[i:i + 1000], add_special_tokens=False):
+                ids.append(np.array(e.ids, np.int32))
+                chars.append(np.array(e.offsets, np.int32).reshape(-1, 2))
+        self.bounds = np.cumsum([0, *map(len, ids)])
+        self.ids, self.chars = np.concatenate(ids), np.concatenate(chars)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        where = slice(self.bounds[i], self.bounds[i + 1])
+        return self.ids[where], self.chars[where]
+
+
+class Features:
+    """Windows [CLS] question [SEP] part of the passage [SEP], at most max_length word pieces each.
+
+    A passage that does not fit is seen through windows that share `stride` word pieces. rows is (N, 6):
+    question, its word pieces, first word piece of the passage in the window, how many, and the first and
+    last position of the answer; as in google-research/bert both are 0, [CLS], where it is not wholly inside.
+    skipped: training questions without a usable answer, left out; cut: questions that were too long.
+    """
+
+    def __init__(self, squad: Squad, tokenizer, config: Config, training: bool):
+        self.squad, self.skipped, self.cut, rows = squad, 0, 0, []
+        self.cls, self.sep, self.pad = (tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]", "[PAD]"))
+        self.questions, self.passages = Texts(tokenizer, squad.questions), Texts(tokenizer, squad.passages)
+        for q, p in enumerate(squad.passage):
+            chars, asked = self.passages[p][1], len(self.questions[q][0])
+            span = answer_span(squad.passages[p], chars, *squad.answers[q][0]) if training else (-1, -1)
+            self.skipped, self.cut = self.skipped + (span is None), self.cut + (asked > config.max_question)
+            asked = min(asked, config.max_question)
+            room = config.max_length - 3 - asked
+            for first in range(0, max(1, len(chars) - config.stride), room - config.stride) if span else ():
+                count, shift = min(room, len(chars) - first), asked + 2 - first
+                inside = first <= span[0] and span[1] < first + count
+                rows.append((q, asked, first, count, *((span[0] + shift, span[1] + shift) if inside else (0, 0))))
+        if not rows:
+            raise ValueError("no question has an answer at its offset")
+        self.rows = np.array(rows, np.int32)
+        self.lengths = self.rows[:, 1] + self.rows[:, 3] + 3
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: np.ndarray, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Windows, padded to the longest: ids, types, real, context, each (B, T); start, end, each (B)."""
+        B, T = len(indices), self.lengths[indices].max()
+        ids, types = np.full((B, T), self.pad, np.int64), np.zeros((B, T), np.int64)
+        real, context = np.zeros((B, T), bool), np.zeros((B, T), bool)
+        for b, (q, asked, first, count, _, _) in enumerate(self.rows[indices]):
+            head, n = asked + 2, asked + count + 3
+            ids[b, [0, head - 1, n - 1]] = self.cls, self.sep, self.sep
+            ids[b, 1:head - 1] = self.questions[q][0][:asked]
+            ids[b, head:n - 1] = self.passages[self.squad.passage[q]][0][first:first + count]
+            types[b, head:n], real[b, :n], context[b, head:n - 1] = 1, True, True
+        start, end = self.rows[indices, 4:].T.astype(np.int64)
+        arrays = dict(ids=ids, types=types, real=real, context=context, start=start, end=end)
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+    def text(self, row: int, start: int, end: int) -> str:
+        """The characters of the passage from position start to position end of a window."""
+        q, asked, first = self.rows[row, :3]
+        p, shift = self.squad.passage[q], first - asked - 2
+        chars = self.passages[p][1]
+        return self.squad.passages[p][chars[start + shift, 0]:chars[end + shift, 1]]
+
+
+def answer_span(passage: str, chars: np.ndarray, text: str, start: int) -> Optional[tuple[int, int]]:
+    """The first and last word piece that touch the answer; None if the answer is not at its offset."""
+    first = int(np.searchsorted(chars[:, 1], start, side="right"))
+    last = int(np.searchsorted(chars[:, 0], start + len(text), side="left")) - 1
+    return (first, last) if start >= 0 and passage[start:start + len(text)] == text and first <= last else None
+
+
+def training_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """All windows in random batches of like lengths: sorted within random pools of 50 batches."""
+    rng, pool = np.random.default_rng((seed, epoch)), 50 * size
+    order = rng.permutation(len(lengths))
+    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")]
+                            for part in np.split(order, range(pool, len(order), pool))])
+    batches = np.split(order, range(size, len(order), size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def evaluation_batches(lengths: np.ndarray, tokens: int = 16384) -> list[np.ndarray]:
+    """All windows in order of length, in batches of at most so many tokens with their padding."""
+    order, batches, first = np.argsort(lengths, kind="stable"), [], 0
+    for i in range(1, len(order) + 1):
+        if i == len(order) or (i + 1 - first) * lengths[order[i]] > tokens:
+            batches.append(order[first:i])
+            first = i
+    return batches
+
+
+# -------------------------------------------------------------------------------------- prediction
+
+
+def best_spans(start: torch.Tensor, end: torch.Tensor, context: torch.Tensor, longest: int):
+    """The best answer in each window: argmax of start[i] + end[j], i ≤ j < i + longest, both in the passage.
+
+    start, end, context: (B, T). Returns score, i, j, each (B); the score is −inf for an empty passage.
+    # Differs: over all pairs; the reference looks at pairs of the 20 best starts and 20 best ends.
+    """
+    B, T = start.shape
+    start, end = (x.float().masked_fill(~context, -math.inf) for x in (start, end))
+    best, i = start.new_full((B,), -math.inf), torch.zeros(B, dtype=torch.long, device=start.device)
+    j = i
+    for d in range(min(longest, T)):    # one diagonal of the T x T table of pairs at a time
+        value, at = (start[:, :T - d] + end[:, d:]).max(dim=1)
+        better = value > best
+        best, i, j = (torch.where(better, *pair) for pair in ((value, best), (at, i), (at + d, j)))
+    return best, i, j
+
+
+@torch.no_grad()
+def predict(model: BertForQuestionAnswering, features: Features, config: Config) -> dict[str, str]:
+    """The best answer of each question over all its windows, as text by question id."""
+    model.eval().to(config.device)
+    answers = {i: (-math.inf, "") for i in features.squad.ids}
+    for indices in evaluation_batches(features.lengths):
+        batch = features.batch(indices, config.device)
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+            start, end = model(batch["ids"], batch["types"], batch["real"])
+        spans = best_spans(start, end, batch["context"], config.max_answer)
+        for row, value, i, j in zip(indices, *(x.tolist() for x in spans)):
+            question = features.squad.ids[features.rows[row, 0]]
+            if value > answers[question][0]:
+                answers[question] = value, features.text(row, i, j)
+    return {question: text for question, (_, text) in answers.items()}
+
+
+# ----------------------------------------------------------------------------- the paper's methods
+
+
+def add_masks(model: BertForQuestionAnswering, method: str, block: tuple[int, int]) -> None:
+    """Put the masks of one of the paper's methods on a BERT; embeddings, norms and QA head have none.
+
+    hybrid        blocks in attention, inner dimensions of the FFN (Paper: Hybrid)
+    block         blocks in both (Paper: Block)
+    struct        whole heads and inner dimensions (Paper: heads and dims)
+    unstructured  single weights (Sanh et al. 2020: soft movement pruning)
+    """
+    r, c = (1, 1) if method == "unstructured" else block
+    E, D = model.config.hidden_size, model.config.head_size
+    for layer in model.bert.layers:
+        a, ffn, heads = layer.attention, layer.ffn, None
+        if method == "struct":
+            # Differs: one score a head, shared by its four matrices. The reference scores each matrix apart
+            # and removes a head when Q, K or V is empty, which changes the function.
+            r, c, heads = D, E, torch.nn.Parameter(torch.zeros(a.heads))
+        for linear in (a.query, a.key, a.value):
+            blockprune.mask_weight(linear, (r, c), scores=heads, kind="attention")
+        blockprune.mask_weight(a.out, (c, r), scores=heads, kind="attention")   # Paper: transposed, along heads
+        if method in ("hybrid", "struct"):
+            blockprune.mask_dimensions(ffn.fc1, ffn.fc2)
+        else:
+            blockprune.mask_weight(ffn.fc1, (r, c))
+            blockprune.mask_weight(ffn.fc2, (r, c))
+
+
+def refill(model: BertForQuestionAnswering) -> None:
+    """Paper: Hybrid Filled. Exact zeros get small noise, since a point of zeros has poor gradients.
+
+    N(0, 1) · 0.01 · std(W) + mean(W) over the whole tensor; biases are left [R:sparse_xp.py unzero_parameters].
+    """
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.endswith("bias") and p.numel() > 1:
+                p.copy_(torch.where(p == 0, torch.randn_like(p) * 0.01 * p.std() + p.mean(), p))
+
+
+# -------------------------------------------------------------------------------------------- loss
+
+PADDING = torch.finfo(torch.float32).min    # a logit that is −∞ to a softmax, without its NaNs
+
+
+def distillation(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor, T: float) -> torch.Tensor:
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)): a sum over positions, a mean over the batch."""
+    s, t = ((x.float() / T).masked_fill(~real, PADDING).log_softmax(-1) for x in (student, teacher))
+    return T ** 2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+
+
+def loss_terms(student, teacher, batch: dict, T: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy and distillation, each the mean of the start's and the end's.
+
+    student, teacher: (start, end) logits, each (B, T); teacher may be None.
+    # Differs: over real tokens, so that the loss of a row does not depend on its batch-mates. In the
+    # reference padding takes part in both softmaxes.
+    """
+    real = batch["real"]
+    ce = sum(F.cross_entropy(logits.float().masked_fill(~real, PADDING), batch[name])
+             for logits, name in zip(student, ("start", "end"))) / 2
+    kd = sum(distillation(s, t, real, T) for s, t in zip(student, teacher)) / 2 if teacher else torch.zeros(())
+    return ce, kd
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved itself."""
+
+
+def rate(step: int, total: int, warmup: int) -> float:
+    """The factor of all learning rates: up in a line over the warm-up, then down in a line to 0."""
+    return (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
+
+
+def pruning_schedule(config: Config, total: int, warmup: int):
+    """τ by step; ValueError for a schedule without a rise, or in which no score can fall far enough."""
+    start, end = round(config.initial_warmup * warmup), round(config.final_warmup * warmup)
+    blockprune.threshold_schedule(0, total, start, end)
+    # Note: Adam moves a score by about its learning rate a step, so their sum bounds how far it can fall.
+    reach = config.score_lr * sum(rate(step, total, warmup) for step in range(total))
+    if reach < 3:
+        raise ValueError(f"nothing could be pruned: scores can fall to -{reach:.2f} in {total} steps, and a block goes "
+                         f"at {math.log(config.threshold / (1 - config.threshold)):.2f}. Reach -3: more --epochs, or "
+                         "a higher --score-lr")
+    return lambda step: blockprune.threshold_schedule(step, total, start, end, config.threshold)
+
+
+def train(model: BertForQuestionAnswering, teacher, features: Features, config: Config) -> None:
+    """Ordinary fine-tuning, and between the two rules what pruning adds to it."""
+    out, device, pruning = Path(config.out), config.device, config.method != "dense"
+    per_epoch = math.ceil(len(features) / config.batch)
+    total = max(2, round(config.epochs * per_epoch))
+    warmup = min(total - 1, round(0.05 * total) if config.warmup_steps is None else config.warmup_steps)
+    for layer in model.bert.layers:
+        layer.attention.dropout = config.attention_dropout
+    if pruning:
+        threshold = pruning_schedule(config, total, warmup)
+        add_masks(model, config.method, parse_block(config.block))
+        shares = {"attention": config.attention_lambda, "dense": config.dense_lambda}
+    model.to(device)
+    optimizer = torch.optim.AdamW(blockprune.parameter_groups(model, 1, (config.score_lr or 0) / config.lr,
+                                                              config.weight_decay), fused=True)
+    peaks = [config.lr * group["lr"] for group in optimizer.param_groups]
+    step, spent = restore(out / "checkpoint.pt", model, optimizer)
+    first, began, saved, epoch, stop = step, time.monotonic(), time.monotonic(), -1, []
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while step < total:
+            if epoch != step // per_epoch:
+                epoch = step // per_epoch
+                batches = training_batches(features.lengths, config.batch, config.seed, epoch)
+            batch = features.batch(batches[step % per_epoch], device)
+            inputs = batch["ids"], batch["types"], batch["real"]
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * rate(step, total, warmup)
+            if pruning:
+                tau = threshold(step)
+                blockprune.set_threshold(model, tau)
+            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+                student = model.train()(*inputs)
+                with torch.no_grad():
+                    target = teacher and teacher(*inputs)
+            ce, kd = loss_terms(student, target, batch, config.temperature)
+            loss = config.alpha_ce * ce + config.alpha_kd * kd if teacher else ce  # Paper: alone, ce counts whole
+            # ------------------------------------------------------------------ what pruning adds
+            if pruning:
+                penalty = blockprune.penalty(model, shares)
+                lam = config.final_lambda * tau / config.threshold      # Paper: λ follows τ
+                loss = loss + lam * penalty
+            # -------------------------------------------------------------------------------------
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            if not math.isfinite(loss.item() + norm.item()):
+                raise ValueError(f"{out}: at step {step} the loss is {loss.item():.3g}, the gradient's norm {norm:.3g}: stopped. "
+                                 "The checkpoint is of an earlier step. Try a lower --lr, or --precision fp32")
+            optimizer.step()
+            step += 1
+            now, line = time.monotonic(), dict(step=step, loss=loss.item(), ce=ce.item(), kd=kd.item())
+            if step % config.log_every == 0 or step == total:
+                if pruning:
+                    line.update(penalty=penalty.item(), threshold=tau, density=blockprune.density(model))
+                    line["lambda"] = lam
+                speed = (step - first) / (now - began)
+                line.update(lr=optimizer.param_groups[0]["lr"], examples_per_second=speed * config.batch)
+                with open(out / "log.jsonl", "a") as log:
+                    print(json.dumps(line), file=log)
+                print(f"{out.name} {step}/{total}  loss {line['loss']:.3f}  ce {line['ce']:.3f}"
+                      + (f"  τ {tau:.3f}  density {line['density']['all']:.3f}" if pruning else "")
+                      + f"  {speed * config.batch:.1f} examples/s, {(total - step) / speed / 60:.1f} min left", flush=True)
+            if stop or step == total or now - saved > config.checkpoint_every:
+                save_checkpoint(out / "checkpoint.pt", model, optimizer, step, spent + now - began)
+                saved = now
+            if stop and step < total:
+                raise Stopped(f"{out}: stopped at step {step} of {total} and saved; the same command goes on from there")
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    if pruning:
+        blockprune.set_threshold(model, config.threshold)   # Paper: evaluation is at the final τ
+
+
+def save_checkpoint(path: Path, model, optimizer, step: int, seconds: float) -> None:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    with replacing(path) as temporary:
+        torch.save({"step": step, "seconds": seconds, "model": model.state_dict(), "rng": torch.get_rng_state(),
+                    "cuda_rng": cuda, "optimizer": optimizer.state_dict()}, temporary)
+
+
+def restore(path: Path, model, optimizer) -> tuple[int, float]:
+    """Take up the checkpoint, if there is one, and cut the log back to it: its step and seconds."""
+    log = path.with_name("log.jsonl")
+    if not path.exists():
+        log.unlink(missing_ok=True)
+        return 0, 0.0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: the checkpoint of another model: {' '.join(str(error).split()[:20])}") from None
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+    print(f"{path.parent}: going on from step {state['step']}")
+    return state["step"], state["seconds"]
+
+
+# ------------------------------------------------------------------------------------- run folders
+
+
+def claim(config: Config, command: str) -> bool:
+    """Make the run folder ours; True if its run is finished. ValueError if it holds another run."""
+    out, settings = Path(config.out), {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
+    if (out / "run.json").is_file():
+        old = read_json(out / "run.json")["settings"]
+        if differ := [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in settings.items() if old.get(k) != v]:
+            raise ValueError(f"{out} holds a run of other settings: {', '.join(differ)}. Use another --out")
+        return (out / "results.json").is_file()
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} is there, and no run of ours: use another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    write_json(out / "run.json", dict(
+        settings=settings, command=command, commit=git.stdout.strip() or None, threads=torch.get_num_threads(),
+        processor=cpu if config.device == "cpu" else torch.cuda.get_device_name(), python=platform.python_version(),
+        **{package.__name__: package.__version__ for package in (torch, np, tokenizers)}))
+    return False
+
+
+def save_pruning(model: BertForQuestionAnswering, config: Config, vocab: Path) -> None:
+    """The model with its masks folded in and, in pruning.safetensors, W, b and each distinct score once."""
+    names = dict(model.named_parameters())
+    owner = {id(p): name for name, p in names.items()}
+    shared = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n not in names}
+    write_safetensors({n: p for n, p in names.items() if "parametrizations" in n}, Path(config.out, "pruning.safetensors"))
+    save_model(model, config.out, vocab, pruning=dict(method=config.method, block=config.block,
+                                                      threshold=config.threshold, shared=shared))
+
+
+def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
+    """The model of a run folder, with its masks on if it was fine-pruned."""
+    model, pruning = load_model(folder), read_json(Path(folder, "config.json")).get("pruning")
+    if pruning:
+        add_masks(model, pruning["method"], parse_block(pruning["block"]))
+        blockprune.set_threshold(model, pruning["threshold"])
+        saved = read_safetensors(Path(folder, "pruning.safetensors"))
+        wanted = {name: p for name, p in model.named_parameters() if "parametrizations" in name}
+        if {n: p.shape for n, p in wanted.items()} != {n: p.shape for n, p in saved.items()}:
+            raise ValueError(f"{folder}: pruning.safetensors does not fit the model of config.json")
+        for name, p in wanted.items():
+            p.data.copy_(saved[name])
+    return model
+
+
+def load_tokenizer(folder: str | Path):
+    """The word-piece tokenizer of a model folder; ValueError if it does not fit the embeddings."""
+    path, config = Path(folder, "vocab.txt"), load_config(folder)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=config.do_lower_case)
+    missing = [t for t in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if tokenizer.token_to_id(t) is None]
+    if missing or tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(f"{path}: {tokenizer.get_vocab_size()} words for {config.vocab_size} embeddings; "
+                         f"missing: {missing or 'none'}")
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def run(config: Config, command: str) -> None:
+    """One run, from settings to results.json: train, save, read back what was saved, score that."""
+    if config.data == "builtin":
+        config = dataclasses.replace(config, data="data/builtin")
+        write_builtin(Path(config.data))
+    config, began = settle(config), time.monotonic()
+    training = read_squad(config.data, "train-v1.1.json", config.questions, config.seed)
+    dev = read_squad(config.data, "dev-v1.1.json", config.dev_questions, config.seed)
+    tokenizer, vocab = load_tokenizer(config.init), Path(config.init, "vocab.txt")
+    torch.manual_seed(config.seed)
+    model = load_model(config.init, fresh_head=not config.fill)
+    teacher = load_model(config.teacher).eval().to(config.device) if config.teacher else None
+    if teacher and Path(config.teacher, "vocab.txt").read_bytes() != vocab.read_bytes():
+        raise ValueError(f"{config.teacher} and {config.init} have different vocabularies")
+    if config.max_length > model.config.max_position_embeddings:
+        raise ValueError(f"--max-length {config.max_length}: the model has {model.config.max_position_embeddings} positions")
+    if claim(config, command):
+        return print(f"{config.out}: finished before, its results.json is there")
+    if config.fill:
+        refill(model)
+    features = Features(training, tokenizer, config, training=True)
+    name = "the built-in made-up corpus, NOT SQuAD," if config.preset == "builtin" else config.data
+    print(f"{config.out}: {len(training.ids)} questions of {name} in {len(features)} windows, {config.device}, "
+          f"{config.precision}; {features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
+    train(model, teacher, features, config)
+    if config.method == "dense":
+        save_model(model, config.out, vocab)
+    else:
+        save_pruning(model, config, vocab)
+    # Note: what is scored is what is on disk, and the last step is the result: none is chosen on dev.
+    predictions = predict(load_model(config.out), Features(dev, tokenizer, config, training=False), config)
+    write_json(Path(config.out, "predictions.json"), predictions)
+    scores = score(predictions, dev.truths())
+    write_results(config.out, load_model(config.out), config, training, dev, command=command, **scores,
+                  seconds=time.monotonic() - began)
+    print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f} on {len(dev.ids)} questions of {name}")
+
+
+def parse(argv: Optional[list[str]]) -> dict:
+    """One flag for each field of Config, with its comment as the help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+): .*?#(.*)", Path(__file__).read_text(), re.M))
+    for field in dataclasses.fields(Config):
+        kind = (typing.get_args(field.type) or (field.type,))[0]
+        how = dict(action="store_true") if kind is bool else dict(type=kind, default=field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), help=" ".join(comments[field.name].split()), **how)
+    parser.add_argument("--score", nargs=2, metavar=("PREDICTIONS", "DEV"), help="print EM and F1 of a file")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    arguments = parse(argv)
+    try:
+        if files := arguments.pop("score"):
+            dev = Path(files[1].removesuffix(".xz"))
+            print(json.dumps(score(read_json(files[0]), read_squad(dev.parent, dev.name).truths())))
+        else:
+            run(Config(**arguments), shlex.join(["python", "train_squad.py", *(sys.argv[1:] if argv is None else argv)]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt) as error:
+        print(error.args[0] if error.args else "interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
