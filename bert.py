@@ -1,13 +1,11 @@
 """BERT for question answering, from scratch, with its own number of heads and FFN width in each layer.
 
-The model of Devlin et al. 2019 (post-norm encoder) in the configuration words of Hugging Face and,
-on disk, under its names: a BERT folder from the hub opens here, and a folder written here opens in
-`transformers` as long as no head or dimension was removed. Written after the paper and
-google-research/bert; checked against `transformers` in tests/test_bert.py.
+The model of Devlin et al. 2019 in the configuration words of Hugging Face and, on disk, under its names:
+a BERT folder from the hub opens here, and a folder written here opens in `transformers` as long as no head
+or dimension was removed. Written after the paper and google-research/bert; checked against `transformers`
+in tests/test_bert.py. Left out: pooler, pre-training heads, relative positions, decoding.
 
     B batch   T tokens   E hidden size   H heads of this layer   D head size   F FFN width of this layer
-
-Left out: the pooler, the pre-training heads, relative positions, decoding, gradient checkpointing.
 """
 import contextlib
 import dataclasses
@@ -16,13 +14,13 @@ import math
 import os
 from pathlib import Path
 
+import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
-               "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "gelu_new": nn.GELU("tanh"),
+               "gelu_pytorch_tanh": nn.GELU("tanh")}
 
 # ---------------------------------------------------------------------------------- configuration
 
@@ -69,11 +67,6 @@ class BertConfig:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-    @property
-    def dense(self) -> bool:
-        """No head and no dimension was removed."""
-        return set(self.heads) == {self.num_attention_heads} and set(self.ffn) == {self.intermediate_size}
 
 
 # ----------------------------------------------------------------------------------------- modules
@@ -188,8 +181,7 @@ class BertForQuestionAnswering(nn.Module):
 # ------------------------------------------------------------------------------------ safetensors
 # The format: 8 bytes N (little endian), N bytes of JSON {name: {dtype, shape, data_offsets}}, data.
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -292,13 +284,25 @@ def load_config(folder: str | Path) -> BertConfig:
     return BertConfig(**{key: value for key, value in values.items() if key in known})
 
 
+def load_tokenizer(folder: str | Path) -> tokenizers.BertWordPieceTokenizer:
+    """The vocab.txt of a model folder as a tokenizer; ValueError if it does not fit the embeddings."""
+    path, config = Path(folder, "vocab.txt"), load_config(folder)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=config.do_lower_case)
+    missing = [t for t in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if tokenizer.token_to_id(t) is None]
+    if missing or tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(f"{path}: {tokenizer.get_vocab_size()} words for {config.vocab_size} embeddings, "
+                         f"{missing or 'none'} missing")
+    return tokenizer
+
+
 def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionAnswering:
     """Read a model folder: config.json with model.safetensors, or with pytorch_model.bin.
 
     Strict: a tensor that is missing, unknown or of another shape raises ValueError with its name.
     fresh_head: where training starts, the two tensors of the QA head may be missing and stay as
-    initialised; what was loaded, ignored and left fresh is printed. FileNotFoundError
-    where the folder is not a model.
+    initialised; what was loaded, ignored and left fresh is printed. FileNotFoundError for no model.
     """
     folder = Path(folder)
     model = BertForQuestionAnswering(load_config(folder))
@@ -313,10 +317,10 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
     ignored = sorted(name for name in found if name.startswith(IGNORED))
     wanted = hf_tensors(model)
     fresh, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted) - set(ignored))
-    if missing := [name for name in fresh if not (fresh_head and name.startswith("qa_outputs."))]:
-        raise ValueError(f"{path}: {', '.join(missing[:4])} missing ({len(missing)} in all)")
-    if unknown:
-        raise ValueError(f"{path}: {', '.join(unknown[:4])} not known here ({len(unknown)} in all)")
+    missing = [name for name in fresh if not (fresh_head and name.startswith("qa_outputs."))]
+    for names, problem in ((missing, "missing"), (unknown, "not known here")):
+        if names:
+            raise ValueError(f"{path}: {', '.join(names[:4])} {problem} ({len(names)} in all)")
     for name in set(wanted) - set(fresh):
         if wanted[name].shape != found[name].shape:
             raise ValueError(f"{path}: {name} is {[*found[name].shape]}, by config.json {[*wanted[name].shape]}")
@@ -342,17 +346,13 @@ def write_json(path: Path, values) -> None:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def save_model(model: BertForQuestionAnswering, folder: str | Path, vocab: str | Path | None = None,
-               **extra) -> None:
-    """Write config.json, model.safetensors and vocab.txt: the effective weights, masks folded in.
-
-    vocab: the vocabulary to copy. extra: more keys for config.json.
-    """
+def save_model(model: BertForQuestionAnswering, folder: str | Path, vocab: str | Path | None = None, **extra) -> None:
+    """Write config.json (with the extra keys), model.safetensors with masks folded in, and a copy of vocab."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(model.config)
-    if model.config.dense:  # then it is an ordinary BERT: keep its configuration one
-        del values["heads"], values["ffn"]
+    if model.config == dataclasses.replace(model.config, heads=None, ffn=None):
+        del values["heads"], values["ffn"]  # an ordinary BERT: keep its configuration one
     values = {"architectures": ["BertForQuestionAnswering"], "model_type": "bert", **values, **extra}
     write_safetensors({name if name.startswith("qa_outputs") else f"bert.{name}": tensor
                        for name, tensor in hf_tensors(model).items()}, folder / "model.safetensors")

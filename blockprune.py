@@ -6,17 +6,17 @@ The whole method of
 in one file that imports torch alone and knows nothing of BERT: copy it into your own project.
 Reference code: huggingface/nn_pruning at 0cef2b2, cited below as [R:file].
 
-One idea carries everything in the paper: a *block* is any r × c tile of a weight matrix. 1 × 1 is
-movement pruning, 32 × 32 is block pruning, (head size, in) is an attention head, (1, in) is a row
-and (out, 1) a column. Each block has one learned number, its score; matrices may share scores.
+One idea carries everything: a *block* is any r × c tile of a weight matrix. 1 × 1 is movement
+pruning, 32 × 32 block pruning, (head size, in) an attention head, (1, in) a row, (out, 1) a
+column. Each block has one learned number, its score; matrices may share scores.
 
     S  scores, one a block                    σ  the sigmoid
     W  a weight, R × C = (out, in)            τ  the threshold that σ(S) is compared with
     r × c  the block                          λ  how hard the penalty pushes scores down
     M(S)  the mask, on the R/r × C/c grid of blocks (`block_mask`) or on the weight (`weight_mask`)
 
-Left out, because the paper's final models do not use them: top-k, L0 and magnitude masks.
-Comments: `# Paper:` is the authors' method, `# Note:` our remark, `# Differs:` a deviation.
+Left out, as the paper's final models do: top-k, L0 and magnitude masks. In comments, `# Paper:` is
+the authors' method, `# Note:` our remark, `# Differs:` a deviation.
 """
 import math
 from typing import Iterator, Mapping, Optional, Sequence
@@ -31,14 +31,13 @@ from torch.nn.utils import parametrize
 class StraightThrough(torch.autograd.Function):
     """M(S) = 1[σ(S) > τ] forward, the identity backward (Sanh et al. 2020, eq. (2); [R:binarizer.py]).
 
-    The step has a zero derivative nearly everywhere, so its gradient is replaced by 1: what arrives
-    at M goes to S as it is. With W′ = W ⊙ M, autograd then gives, summed over the block of a score,
+    The step's derivative is 0 nearly everywhere, so it is replaced by 1: what arrives at M goes on to
+    S as it is. With W′ = W ⊙ M autograd then gives, summed over the block of a score,
 
         dL/dS = Σ dL/dW′ ⊙ W        dL/dW = dL/dW′ ⊙ M
 
-    A gradient step on W is −dL/dW, so dL/dS > 0 (S falls) when the weights of the block move toward
-    zero, and dL/dS < 0 (S rises) when they move away: hence "movement". The sum uses W, not W′, so
-    the score of a pruned block keeps learning, and the block can come back.
+    Descent moves W along −dL/dW, so S falls while the block moves toward zero and rises while it
+    moves away: "movement". The sum has W, not W′: a pruned block keeps learning, and can come back.
     """
 
     @staticmethod
@@ -47,20 +46,19 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        # Note: no σ′(S) here and no mean over the block. With either, it would be another method.
-        return grad, None
+        return grad, None  # Note: no σ′(S), and no mean over the block: each is another method
 
 
 class BlockMask(nn.Module):
     """The learned mask of one weight, as a parametrization: weight ↦ weight ⊙ M(S).
 
-    A weight of more than two dimensions is seen as the matrix `weight.flatten(1)`: a convolution is
-    (out, in · kh · kw). Blocks need not divide the matrix: those at its edge are smaller.
-    # Differs: [R:masked_nn.py] asserts exact division, and keeps a floor of 0.5 % of the blocks.
+    A weight of more dimensions is seen as the matrix `weight.flatten(1)`: a convolution is (out,
+    in · kh · kw). Blocks need not divide the matrix: those at its edge are smaller.
+    # Differs: the reference asserts exact division, and by default never prunes the last 0.5 %.
 
     shape: (R, C) of that matrix.      block: (r, c), 1 ≤ r ≤ R and 1 ≤ c ≤ C, else ValueError.
-    scores: a parameter to share, with one element for each of the ⌈R/r⌉ · ⌈C/c⌉ blocks; fresh ones
-        start at 0, where σ = 0.5 is far above any τ in use, so that nothing is pruned at first.
+    scores: a parameter to share, one element for each of the ⌈R/r⌉ · ⌈C/c⌉ blocks. Fresh ones start
+        at 0, where σ = 0.5 is far above any τ in use: nothing is pruned at first.
     kind: the group that penalty() and density() count this weight in.
     """
 
@@ -69,18 +67,15 @@ class BlockMask(nn.Module):
         super().__init__()
         (R, C), (r, c) = shape, block
         if not (1 <= r <= R and 1 <= c <= C):
-            raise ValueError(f"a block of {r}x{c} does not fit a weight of {R}x{C}: "
-                             f"use 1 to {R} rows and 1 to {C} columns")
+            raise ValueError(f"a block of {r}x{c} does not fit a weight of {R}x{C}")
         self.shape, self.block, self.kind = (R, C), (r, c), kind
         self.grid = (math.ceil(R / r), math.ceil(C / c))
         if scores is None:
             scores = nn.Parameter(torch.zeros(self.grid))
         elif scores.numel() != math.prod(self.grid):
-            raise ValueError(f"{scores.numel()} shared scores for {self.grid[0]}x{self.grid[1]} "
-                             f"blocks of {r}x{c}: their numbers must agree")
-        self.scores = scores
-        # A buffer, so that τ is saved: a reloaded model still prunes.
-        self.register_buffer("threshold", torch.zeros(()))
+            raise ValueError(f"{scores.numel()} shared scores for {self.grid[0]}x{self.grid[1]} blocks")
+        self.scores = scores  # Note: load_state_dict(assign=True) and to_empty() would untie shared ones
+        self.register_buffer("threshold", torch.zeros(()))  # saved: a reloaded model still prunes
 
     def block_mask(self) -> Tensor:
         """M(S) on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉)."""
@@ -89,8 +84,7 @@ class BlockMask(nn.Module):
     def weight_mask(self) -> Tensor:
         """M(S) on the weight, R × C, or of length 1 along a dimension that one block spans.
 
-        The grid [a b] with 2 × 2 blocks on a 2 × 3 weight becomes [a a b]: spanning the two rows
-        is left to broadcasting, and the last block is one column wide.
+        A grid [a b] of 2 × 2 blocks on a 2 × 3 weight becomes [a a b]: broadcasting does the rows.
         """
         mask = self.block_mask()
         for dim in (0, 1):
@@ -103,10 +97,7 @@ class BlockMask(nn.Module):
 
 
 class BiasMask(nn.Module):
-    """Zeroes the biases of outputs that have no weight left (`bias_mask` of [R:masked_nn.py]).
-
-    Boolean: no gradient reaches the scores through the bias.
-    """
+    """Zeroes the bias of an output with no weight left; no gradient to S ([R:masked_nn.py] bias_mask)."""
 
     def __init__(self, mask: BlockMask, output_dim: int):
         super().__init__()
@@ -127,21 +118,21 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
                 kind: str = "dense") -> BlockMask:
     """Put a block mask on one weight of a module, and on the bias that goes with it.
 
-    From here on `module.weight` is W ⊙ M(S); W itself is `module.parametrizations.weight.original`.
-    The module knows nothing of it: nn.Linear, nn.Conv2d, nn.MultiheadAttention, any will do.
+    From here on `module.weight` is W ⊙ M(S), and W `module.parametrizations.weight.original`. The
+    module knows nothing of it: nn.Linear, nn.Conv2d, nn.MultiheadAttention and others will do.
 
-    block: (r, c), tiles of the weight as it is stored.
+    block: (r, c), tiles of the weight as it is stored.      scores, kind: see BlockMask.
     weight, bias: the names of the two parameters; a bias that is absent or None is skipped.
     output_dim: the dimension of the weight that holds the outputs: 0 in torch (out, in), 1 where
         weights are stored (in, out), as in GPT-2.
-    scores: the scores of another mask, to share them.      kind: see BlockMask.
-    Raises ValueError where the block does not fit, or the weight has a parametrization already.
+    Raises ValueError, with nothing changed, where block, bias or scores do not fit the weight.
     """
     W, b = getattr(module, weight), getattr(module, bias, None)
     if parametrize.is_parametrized(module, weight):
         raise ValueError(f"the {weight} of {type(module).__name__} is parametrized already")
-    if W.dim() < 2:
-        raise ValueError(f"only weights of two and more dimensions have blocks, not {tuple(W.shape)}")
+    if W.dim() < 2 or (b is not None and len(b) != W.flatten(1).shape[output_dim]):
+        raise ValueError("a weight of two and more dimensions is expected, with its outputs in dimension "
+                         f"{output_dim}: {tuple(W.shape)}, bias {None if b is None else tuple(b.shape)}")
     mask = BlockMask(W.flatten(1).shape, block, scores, kind).to(W.device)
     parametrize.register_parametrization(module, weight, mask)
     if b is not None:
@@ -152,14 +143,14 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
 def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, kind: str = "dense") -> nn.Parameter:
     """One score for each inner dimension of fc2(act(fc1(x))): a row of fc1 with a column of fc2.
 
-    Paper: the feed-forward layers of Hybrid (`1d_alt` of [R:model_structure.py]). Weights are
-    (out, in), or (out, in, kh, kw). Returns the shared scores, (F,) for F inner dimensions.
-    Raises ValueError where the outputs of fc1 do not match the inputs of fc2.
+    Paper: the feed-forward layers of Hybrid ([R:model_structure.py] 1d_alt). Weights are (out, in),
+    or (out, in, kh, kw). Returns the scores, (F,) for F inner dimensions. Raises ValueError where
+    the outputs of fc1 are not the inputs of fc2.
     """
     F, C = fc1.weight.flatten(1).shape
     R, inputs = fc2.weight.flatten(1).shape
-    if fc2.weight.shape[1] != F:
-        raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs")
+    if fc2.weight.shape[1] != F or parametrize.is_parametrized(fc2, "weight"):
+        raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs, or fc2 is masked already")
     scores = nn.Parameter(torch.zeros(F, device=fc1.weight.device))
     mask_weight(fc1, (1, C), scores=scores, kind=kind)
     mask_weight(fc2, (R, inputs // F), scores=scores, kind=kind)
@@ -176,16 +167,17 @@ def masks(model: nn.Module) -> Iterator[BlockMask]:
 
 def threshold_schedule(step: int, total: int, start: int, end: int,
                        final: float = 0.1, initial: float = 0.0) -> float:
-    """τ(t): flat for `start` steps, a cubic rise, flat at `final` for the last `end` of `total` steps.
+    """τ(t): `initial` to step `start`, a cubic rise, `final` for the last `end` of `total` steps.
 
     Paper: Sanh et al. 2020, eq. (5); [R:patch_coordinator.py schedule_threshold], where `start` and
-    `end` are multiples of the learning rate's warm-up. The rise is fast at first: τ is at 58, 87
-    and 98 % of its way after a quarter, half and three quarters of it. λ follows τ:
-    λ(t) = λ · τ(t) / τ_final, so that nothing is pushed down while nothing can be pruned.
+    `end` are multiples of the learning rate's warm-up. The rise is fast at first: 58, 88 and 98 %
+    of it are done after a quarter, half and three quarters of its steps. λ follows τ,
+    λ(t) = λ · τ(t) / τ_final: nothing is pushed down while nothing can be pruned.
+    # Differs: a schedule without a rise is a ValueError; the reference jumps, or never prunes.
     """
     if start + end >= total:
-        raise ValueError(f"no step is left for the threshold to rise: {start} flat steps at the start "
-                         f"and {end} at the end, of {total}: train longer, or shorten the flat parts")
+        raise ValueError(f"no step is left for τ to rise: of {total}, the first {start} and the last {end} "
+                         "are flat; train longer, or shorten the flat parts")
     if step <= start:
         return initial
     if step > total - end:
@@ -195,20 +187,19 @@ def threshold_schedule(step: int, total: int, start: int, end: int,
 
 
 def set_threshold(model: nn.Module, threshold: float) -> None:
-    """Set τ in every mask of the model."""
+    """Set τ in every mask of the model. Paper: evaluation is at the final τ, whatever the step."""
     for mask in masks(model):
         mask.threshold.fill_(threshold)
 
 
 def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> Tensor:
-    """The penalty R, to be added to the loss as λ(t) · R; 0.5 at the start, a scalar.
+    """The penalty R, a scalar, to be added to the loss as λ(t) · R; 0.5 at the start.
 
         R = 1/K Σ_kinds λ_kind · 1/N_kind Σ_tensors mean σ(S)
 
     Paper: a mean over each of the N_kind distinct score tensors of a kind, then over the K kinds
-    ([R:patch_coordinator.py regularization_loss]). Its gradient is the ordinary one, λ·σ′(S) over
-    numel·N·K, and fades as S falls. weights: λ_kind by kind, 1 where none is given; an unknown
-    kind raises ValueError, as does a model without masks.
+    ([R:patch_coordinator.py regularization_loss]). Its gradient is the ordinary one, and fades as S
+    falls. weights: λ_kind, 1 where not given. ValueError for an unknown kind, or without masks.
     """
     by_kind: dict[str, dict[int, Tensor]] = {}
     for mask in masks(model):  # by identity: shared scores count once
@@ -216,19 +207,18 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
     weights = weights or {}
     if not by_kind or set(weights) - set(by_kind):
         raise ValueError(f"the model has masks of the kinds {sorted(by_kind)}, not {sorted(weights)}")
-    return sum(weights.get(kind, 1.0) * sum(S.sigmoid().mean() for S in scores.values()) / len(scores)
-               for kind, scores in by_kind.items()) / len(by_kind)
+    return sum(weights.get(kind, 1.0) * sum(S.sigmoid().mean() for S in tensors.values()) / len(tensors)
+               for kind, tensors in by_kind.items()) / len(by_kind)
 
 
-def parameter_groups(model: nn.Module, lr: float, score_lr: float,
+def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float] = None,
                      weight_decay: float = 0.0) -> list[dict]:
-    """Optimiser groups: matrices, vectors (biases and norms: no decay), scores (own rate, no decay).
+    """Optimiser groups: matrices, vectors (biases, norms) and scores, without those that are empty.
 
-    Paper: one schedule and one gradient clip act on all three ([R:sparse_trainer.py]). A weight
-    decay on scores would push each toward σ = 0.5, that is toward being kept: 0 is written out,
-    because torch.optim.AdamW would otherwise use 0.01.
+    Paper: one schedule and one gradient clip act on all three ([R:sparse_trainer.py]). Decay would
+    pull scores to 0, that is toward being kept: 0 is written out, for AdamW's default is 0.01.
     """
-    scores = {id(mask.scores): mask.scores for mask in masks(model)}
+    scores = {id(mask.scores): mask.scores for mask in masks(model) if mask.scores.requires_grad}
     others = [p for p in model.parameters() if id(p) not in scores and p.requires_grad]
     groups = [{"params": [p for p in others if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
               {"params": [p for p in others if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
@@ -242,13 +232,13 @@ def density(model: nn.Module) -> dict[str, float]:
 
     Biases do not count. Weights that a mask keeps count even where they are zero by themselves.
     """
-    kept: dict[str, float] = {}
-    size: dict[str, int] = {}
+    counts: dict[str, tuple[float, int]] = {}
     for mask in masks(model):
+        kept = mask.weight_mask().expand(mask.shape).sum().item()
         for kind in (mask.kind, "all"):
-            kept[kind] = kept.get(kind, 0) + mask.weight_mask().expand(mask.shape).sum().item()
-            size[kind] = size.get(kind, 0) + math.prod(mask.shape)
-    return {kind: kept[kind] / size[kind] for kind in kept}
+            total = counts.get(kind, (0, 0))
+            counts[kind] = total[0] + kept, total[1] + math.prod(mask.shape)
+    return {kind: kept / size for kind, (kept, size) in counts.items()}
 
 
 @torch.no_grad()
@@ -256,23 +246,21 @@ def bake(model: nn.Module) -> nn.Module:
     """Fold every mask into its weight, in place: W becomes W ⊙ M(S), scores and masks are gone.
 
     The same function, in plain modules that torch.save and torch.export take. Returns the model.
-    Raises ValueError for a module that has other parametrizations beside ours.
+    Raises ValueError, with nothing changed, if a masked module has other parametrizations too.
     """
-    for module in list(model.modules()):
-        if not parametrize.is_parametrized(module):
-            continue
-        lists = dict(module.parametrizations.items())
-        ours = [all(isinstance(p, (BlockMask, BiasMask)) for p in ps) for ps in lists.values()]
-        if not all(ours):
-            if any(ours):
-                raise ValueError(f"remove the other parametrizations of {type(module).__name__} first")
-            continue
-        values = {name: nn.Parameter(getattr(module, name).detach().clone(), ps.original.requires_grad)
-                  for name, ps in lists.items()}
-        # Note: torch's remove_parametrizations() deletes the property from the class it generated,
-        # which deepcopy shares between copies of a model. Going back to the base class does not.
-        del module.parametrizations
-        module.__class__ = type(module).__bases__[0]
-        for name, value in values.items():
-            module.register_parameter(name, value)
+    found = [(module, dict(module.parametrizations.items())) for module in model.modules()
+             if parametrize.is_parametrized(module)]
+    kinds = [{isinstance(p, (BlockMask, BiasMask)) for ps in lists.values() for p in ps} for _, lists in found]
+    if {True, False} in kinds:
+        raise ValueError("remove the other parametrizations of the masked modules first")
+    for (module, lists), kind in zip(found, kinds):
+        if kind == {True}:
+            values = {name: nn.Parameter(getattr(module, name).detach().clone(), ps.original.requires_grad)
+                      for name, ps in lists.items()}
+            # Note: torch's remove_parametrizations() deletes the property from the class it made, and
+            # deepcopy shares that class between copies of a model. Going back to the base does not.
+            del module.parametrizations
+            module.__class__ = type(module).__bases__[0]
+            for name, value in values.items():
+                module.register_parameter(name, value)
     return model

@@ -22,8 +22,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors, load_model, read_json, save_model,
-                  write_json)
+import blockprune
+from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors, load_model, load_tokenizer, read_json,
+                  read_safetensors, save_model, write_json, write_safetensors)
 
 # ------------------------------------------------------------------------------------- compaction
 
@@ -170,7 +171,35 @@ def mask_rows(model: BertForQuestionAnswering) -> dict[str, dict[str, list[str]]
             for i, layer in enumerate(model.bert.layers)}
 
 
-# ----------------------------------------------------------------- the check, and what is written
+# -------------------------------------------------------------------------------- on disk, and the check
+
+
+def save_pruning(model: BertForQuestionAnswering, folder: str | Path, vocab: str | Path, **pruning) -> None:
+    """The model with its masks folded in and, in pruning.safetensors, W, b and each distinct score once.
+
+    pruning: method, block and threshold, as load_pruning() needs them.
+    """
+    names = dict(model.named_parameters())
+    owner = {id(p): name for name, p in names.items()}
+    shared = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n not in names}
+    write_safetensors({n: p for n, p in names.items() if "parametrizations" in n}, Path(folder, "pruning.safetensors"))
+    save_model(model, folder, vocab, pruning={**pruning, "shared": shared})
+
+
+def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
+    """The model of a run folder, with its masks on if it was fine-pruned."""
+    model, pruning = load_model(folder), read_json(Path(folder, "config.json")).get("pruning")
+    if pruning:
+        from train_squad import add_masks   # Note: here, because train_squad imports this file
+        add_masks(model, pruning["method"], pruning["block"])
+        blockprune.set_threshold(model, pruning["threshold"])
+        saved = read_safetensors(Path(folder, "pruning.safetensors"))
+        wanted = {name: p for name, p in model.named_parameters() if "parametrizations" in name}
+        if {n: p.shape for n, p in wanted.items()} != {n: p.shape for n, p in saved.items()}:
+            raise ValueError(f"{folder}: pruning.safetensors does not fit the model of config.json")
+        for name, p in wanted.items():
+            p.data.copy_(saved[name])
+    return model
 
 
 RESULTS = ("exact_match", "f1", "exact_match_masked", "f1_masked", "max_abs_logit_difference", "parameters", "density",
@@ -186,7 +215,7 @@ def write_results(folder: str | Path, model: BertForQuestionAnswering, config, t
     """
     counts, small = count_parameters(model), compact(model).config
     data = dict(name=Path(config.data).name, sha256={"train": training and training.sha256, "dev": dev.sha256},
-                train_questions=training and len(training.ids), dev_questions=len(dev.ids))
+                train_questions=training and len(training.questions), dev_questions=len(dev.questions))
     results = dict.fromkeys(RESULTS) | dict(
         parameters=counts, density=counts["linear_nonzero"] / counts["linear_dense"], heads=small.heads,
         heads_authors_rule=heads_authors_rule(model), ffn=small.ffn, device=config.device, data=data,
@@ -225,13 +254,13 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 
 def run(folder: Path, out: Path, data: str, dev_questions: Optional[int], command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
-    import train_squad as ts    # Note: here, because train_squad imports this file
+    import train_squad as ts
     began, settings = time.monotonic(), read_json(folder / "run.json")["settings"]
     config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"],
                                     "dev_questions": dev_questions or settings["dev_questions"]}))
     dev = ts.read_squad(config.data, "dev-v1.1.json", config.dev_questions, config.seed)
-    features = ts.Features(dev, ts.load_tokenizer(folder), config, training=False)
-    masked = ts.load_pruning(folder).eval().to(config.device)
+    features = ts.Features(dev, load_tokenizer(folder), config, training=False)
+    masked = load_pruning(folder).eval().to(config.device)
     small = compact(masked)
     some = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.seed))[:1024].numpy()
     worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),

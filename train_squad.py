@@ -38,9 +38,8 @@ import torch
 import torch.nn.functional as F
 
 import blockprune
-from bert import (BertForQuestionAnswering, load_config, load_model, read_json, read_safetensors, replacing,
-                  save_model, write_json, write_safetensors)
-from compact import write_results
+from bert import BertForQuestionAnswering, load_model, load_tokenizer, read_json, replacing, save_model, write_json
+from compact import save_pruning, write_results
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -52,10 +51,10 @@ class Config:
     init: str = "weights/minilm"    # model folder to start from
     out: str = "runs/dense"         # run folder to write
     teacher: str = ""               # fine-tuned model folder to distil from; none if empty
-    method: str = "dense"           # dense, hybrid, block, struct or unstructured
+    method: str = "dense"           # {dense,hybrid,block,struct,unstructured}: what is pruned; add_masks()
     block: str = "32x32"            # r x c of query, key, value; transposed for out; in block of the FFN too
     fill: bool = False              # refill a compacted model: noise for zeros, then fine-tuning
-    preset: Optional[str] = None    # builtin, small or paper: gives the values of the fields left None
+    preset: Optional[str] = None    # {builtin,small,paper}: gives the values of the fields left None
     questions: Optional[int] = None         # first n of a seeded shuffle of the training questions; None: all
     dev_questions: Optional[int] = None     # the same of the dev questions; None: all
     max_length: int = 384           # word pieces in a window                         [R:command_line.py]
@@ -80,8 +79,8 @@ class Config:
     attention_dropout: Optional[float] = None   # paper: 0.1; at 0 a CPU takes 2.4 times less for a step
     weight_decay: float = 0         # of matrices                                     [R:command_line.py]
     clip: float = 1                 # norm of all gradients together, those of scores too
-    precision: Optional[str] = None         # bf16 or fp32; None: bf16 where the machine multiplies in it
-    device: Optional[str] = None    # cpu or cuda; None: cuda where there is one
+    precision: Optional[str] = None         # {bf16,fp32}; None: bf16 where the machine multiplies in it
+    device: Optional[str] = None    # {cpu,cuda}; None: cuda where there is one
     log_every: int = 20             # steps
     checkpoint_every: int = 300     # seconds
 
@@ -89,19 +88,13 @@ class Config:
 # λ does not carry over between lengths or models: a score feels λ / (kinds · tensors · scores), and how far
 # it goes is a matter of Σ score_lr. Short runs on a small model need both higher than the paper's.
 PRESETS = {
-    "builtin": dict(dense=dict(epochs=2, lr=3e-4, attention_dropout=0.0),
-                    prune=dict(epochs=3, lr=3e-4, score_lr=0.2, final_lambda=80, attention_dropout=0.0),
-                    fill=dict(epochs=1, lr=3e-4, warmup_steps=10, attention_dropout=0.0)),
-    "small": dict(dense=dict(epochs=3, lr=1e-4, attention_dropout=0.0),
-                  prune=dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80, attention_dropout=0.0),
-                  fill=dict(epochs=2, lr=1e-4, warmup_steps=10, attention_dropout=0.0)),
-    "paper": dict(dense=dict(epochs=2, lr=3e-5, attention_dropout=0.1),
-                  prune=dict(epochs=20, lr=3e-5, score_lr=0.01, final_lambda=20, warmup_steps=5400,
-                             attention_dropout=0.1),
-                  fill=dict(epochs=4, lr=3e-5, warmup_steps=10, attention_dropout=0.1)),
+    ("builtin", "dense"): dict(epochs=4, lr=1e-4), ("builtin", "fill"): dict(epochs=1, lr=1e-4, warmup_steps=10),
+    ("builtin", "prune"): dict(epochs=3, lr=1e-4, score_lr=0.1, final_lambda=80),
+    ("small", "dense"): dict(epochs=3, lr=1e-4), ("small", "fill"): dict(epochs=2, lr=1e-4, warmup_steps=10),
+    ("small", "prune"): dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80),
+    ("paper", "dense"): dict(epochs=2, lr=3e-5), ("paper", "fill"): dict(epochs=4, lr=3e-5, warmup_steps=10),
+    ("paper", "prune"): dict(epochs=20, lr=3e-5, score_lr=0.01, final_lambda=20, warmup_steps=5400),
 }
-CHOICES = {"method": ["dense", "hybrid", "block", "struct", "unstructured"], "preset": list(PRESETS),
-           "precision": ["bf16", "fp32"], "device": ["cpu", "cuda"]}
 MAY_BE_ZERO = ("stride", "seed", "warmup_steps", "initial_warmup", "final_warmup", "final_lambda", "attention_lambda",
                "dense_lambda", "alpha_ce", "alpha_kd", "attention_dropout", "weight_decay", "checkpoint_every")
 NOT_SETTINGS = ("out", "log_every", "checkpoint_every")     # may change when a run goes on
@@ -113,40 +106,31 @@ def settle(config: Config) -> Config:
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     c.precision = c.precision or best_precision(c.device)
     c.preset = c.preset or ("builtin" if Path(c.data).name == "builtin" else "small")
-    for name, choices in CHOICES.items():
-        if getattr(c, name) not in choices:
-            raise ValueError(f"--{name} {getattr(c, name)}: use one of {', '.join(choices)}")
-    if c.fill and c.method != "dense":
-        raise ValueError("--fill trains without masks: leave --method out")
     stage = "fill" if c.fill else "dense" if c.method == "dense" else "prune"
-    for name, value in PRESETS[c.preset][stage].items():
+    dropout = 0.1 if c.preset == "paper" else 0.0
+    for name, value in {"attention_dropout": dropout, **PRESETS[c.preset, stage]}.items():
         if getattr(c, name) is None:
             setattr(c, name, value)
     for name, value in vars(c).items():
-        least = "0 or more" if name in MAY_BE_ZERO else "over 0"
         if type(value) in (int, float) and not (0 <= value < math.inf and (value or name in MAY_BE_ZERO)):
+            least = "0 or more" if name in MAY_BE_ZERO else "over 0"
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least}")
-    if c.threshold >= 0.5:
-        raise ValueError(f"--threshold {c.threshold}: it must be under 0.5, where scores start")
-    if c.max_length - 3 - c.max_question <= c.stride:
-        raise ValueError(f"--max-length {c.max_length}: no room for a question of {c.max_question} (--max-question) "
-                         f"word pieces beside a --stride of {c.stride}")
+    for wrong, message in (
+            (c.fill and c.method != "dense", "--fill trains without masks: leave --method out"),
+            (not re.fullmatch(r"[1-9]\d*x[1-9]\d*", c.block), f"--block {c.block}: as in 32x32, two numbers over 0"),
+            (c.threshold >= 0.5, f"--threshold {c.threshold}: it must be under 0.5, where scores start"),
+            (c.max_length - 3 - c.max_question <= c.stride, f"--max-length {c.max_length}: too short for --stride "
+             f"{c.stride} beside a question of --max-question {c.max_question}")):
+        if wrong:
+            raise ValueError(message)
     return c
 
 
 def best_precision(device: str) -> str:
     """bf16 where the machine has units for it (without them it is slower), else fp32."""
-    if device != "cpu":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     units = torch.cpu.get_capabilities()
-    return "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "fp32"
-
-
-def parse_block(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise ValueError(f"--block {text}: two numbers are expected, as in 32x32")
-    r, c = text.split("x")
-    return int(r), int(c)
+    bf16 = units.get("amx_bf16") or units.get("avx512_bf16") if device == "cpu" else torch.cuda.is_bf16_supported()
+    return "bf16" if bf16 else "fp32"
 
 
 # ---------------------------------------------------------------- metrics, as in the official scorer
@@ -161,8 +145,7 @@ def normalize_answer(text: str) -> str:
 def token_f1(prediction: str, truth: str) -> float:
     """Harmonic mean of precision and recall over the words that both have."""
     a, b = normalize_answer(prediction).split(), normalize_answer(truth).split()
-    same = sum((collections.Counter(a) & collections.Counter(b)).values())
-    return 2 * same / (len(a) + len(b)) if same else 0.0
+    return 2 * (collections.Counter(a) & collections.Counter(b)).total() / max(1, len(a) + len(b))
 
 
 def score(predictions: dict[str, str], truths: dict[str, list[str]]) -> dict[str, float]:
@@ -170,10 +153,9 @@ def score(predictions: dict[str, str], truths: dict[str, list[str]]) -> dict[str
 
     predictions: text by question id. As in evaluate-v1.1.py, a question without one counts 0.
     """
-    exact = f1 = 0.0
-    for text, answers in ((predictions[i], answers) for i, answers in truths.items() if i in predictions):
-        exact += any(normalize_answer(text) == normalize_answer(answer) for answer in answers)
-        f1 += max(token_f1(text, answer) for answer in answers)
+    given = [(predictions[i], answers) for i, answers in truths.items() if i in predictions]
+    exact = sum(normalize_answer(text) in map(normalize_answer, answers) for text, answers in given)
+    f1 = sum(max(token_f1(text, answer) for answer in answers) for text, answers in given)
     return {"exact_match": 100 * exact / len(truths), "f1": 100 * f1 / len(truths)}
 
 
@@ -182,16 +164,12 @@ def score(predictions: dict[str, str], truths: dict[str, list[str]]) -> dict[str
 
 @dataclasses.dataclass
 class Squad:
-    """Questions over passages. passage: its number, by question; answers: (text, start) pairs, by question."""
     passages: list[str]
-    ids: list[str]
-    questions: list[str]
-    passage: list[int]
-    answers: list[list[tuple[str, int]]]
-    sha256: str = ""    # of the file, unpacked
+    questions: list[tuple]      # (id, question, the passage's number, [(answer, its first character), …])
+    sha256: str                 # of the file, unpacked
 
     def truths(self) -> dict[str, list[str]]:
-        return {i: [text for text, _ in answers] for i, answers in zip(self.ids, self.answers)}
+        return {i: [text for text, _ in answers] for i, _, _, answers in self.questions}
 
 
 def read_squad(folder: str | Path, name: str, limit: Optional[int] = None, seed: int = 0) -> Squad:
@@ -207,32 +185,29 @@ def read_squad(folder: str | Path, name: str, limit: Optional[int] = None, seed:
         raise FileNotFoundError(f"{folder}: neither {name} nor {name}.xz is there") from None
     except (ValueError, lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{path}: cut off, or not JSON: {error}") from None
+    squad = Squad([], [], hashlib.sha256(raw).hexdigest())
 
     def get(node, key, kind, where):
         if not isinstance(node, dict) or type(node.get(key)) is not kind:
-            raise ValueError(f"{path}: not SQuAD: {where or 'the file'} has no {key!r} that is a {kind.__name__}")
+            raise ValueError(f"{path}: not SQuAD: {where} has no {key!r} that is a {kind.__name__}")
         return node[key]
 
-    squad = Squad([], [], [], [], [], hashlib.sha256(raw).hexdigest())
-    for a, article in enumerate(get(tree, "data", list, "")):
+    for a, article in enumerate(get(tree, "data", list, "the file")):
         for p, paragraph in enumerate(get(article, "paragraphs", list, f"data[{a}]")):
-            squad.passages.append(get(paragraph, "context", str, f"data[{a}].paragraphs[{p}]"))
-            for q, qa in enumerate(get(paragraph, "qas", list, f"data[{a}].paragraphs[{p}]")):
-                where = f"data[{a}].paragraphs[{p}].qas[{q}]"
-                squad.ids.append(get(qa, "id", str, where))
-                squad.questions.append(get(qa, "question", str, where))
-                squad.passage.append(len(squad.passages) - 1)
-                squad.answers.append([(get(x, "text", str, where + ".answers"), get(x, "answer_start", int, where + ".answers"))
-                                      for x in get(qa, "answers", list, where)])
-                if not squad.answers[-1]:
-                    raise ValueError(f"{path}: {where} has no answer: SQuAD 1.1 is expected")
-    if not squad.ids:
+            where = f"data[{a}].paragraphs[{p}]"
+            for q, qa in enumerate(get(paragraph, "qas", list, where)):
+                at = f"{where}.qas[{q}]"
+                answers = [(get(x, "text", str, f"{at}.answers"), get(x, "answer_start", int, f"{at}.answers"))
+                           for x in get(qa, "answers", list, at)]
+                squad.questions.append((get(qa, "id", str, at), get(qa, "question", str, at), len(squad.passages), answers))
+                if not answers:
+                    raise ValueError(f"{path}: {at} has no answer: SQuAD 1.1 is expected")
+            squad.passages.append(get(paragraph, "context", str, where))
+    if not squad.questions:
         raise ValueError(f"{path}: no question in it")
-    order = list(range(len(squad.ids)))
     if limit is not None:
-        random.Random(seed).shuffle(order)
-    for column in ("ids", "questions", "passage", "answers"):
-        setattr(squad, column, [getattr(squad, column)[i] for i in order[:limit]])
+        random.Random(seed).shuffle(squad.questions)
+        del squad.questions[limit:]
     return squad
 
 
@@ -243,7 +218,6 @@ FACTS = {   # a fact → the question for it, its values
     "was born in {}": ("Where was {} born?", "London Paris Rome Berlin Vienna Madrid Dublin Boston Cairo Tokyo"),
     "owns a {}": ("Which animal does {} own?", "cat dog horse goat rabbit parrot snake duck pig turtle"),
     "plays the {}": ("Which instrument does {} play?", "piano violin guitar flute drums harp cello trumpet organ"),
-    "likes {}": ("What does {} like to eat?", "bread rice cheese fish soup apples cake honey eggs beans"),
 }
 
 
@@ -254,9 +228,9 @@ def builtin_corpus(passages: int, seed: int) -> dict:
     """
     rng, paragraphs = random.Random(seed), []
     for p in range(passages):
-        people = [" ".join(pair) for pair in zip(*(rng.sample(names.split(), 3) for names in NAMES))]
-        said = [(fact, *pair) for fact in rng.sample(list(FACTS), 2)
-                for pair in zip(people, rng.sample(FACTS[fact][1].split(), 3))]
+        people = [" ".join(pair) for pair in zip(*(rng.sample(names.split(), 2) for names in NAMES))]
+        said = [(fact, *pair) for fact in rng.sample(list(FACTS), 3)
+                for pair in zip(people, rng.sample(FACTS[fact][1].split(), 2))]
         context, qas = "", []
         for fact, person, value in rng.sample(said, len(said)):
             start = len(f"{context}{person} ") + fact.index("{")
@@ -268,11 +242,10 @@ def builtin_corpus(passages: int, seed: int) -> dict:
 
 
 def write_builtin(folder: str | Path) -> None:
-    """The built-in corpus as two files in a folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """The built-in corpus, 2,100 questions to train on and 450 to be scored on."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for part, passages, seed in (("train", 700, 1), ("dev", 150, 2)):
-        write_json(folder / f"{part}-v1.1.json", builtin_corpus(passages, seed))
+        write_json(Path(folder, f"{part}-v1.1.json"), builtin_corpus(passages, seed))
 
 
 # --------------------------------------------------------------------------------------- features
@@ -307,10 +280,12 @@ class Features:
     def __init__(self, squad: Squad, tokenizer, config: Config, training: bool):
         self.squad, self.skipped, self.cut, rows = squad, 0, 0, []
         self.cls, self.sep, self.pad = (tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]", "[PAD]"))
-        self.questions, self.passages = Texts(tokenizer, squad.questions), Texts(tokenizer, squad.passages)
-        for q, p in enumerate(squad.passage):
+        self.questions = Texts(tokenizer, [question for _, question, _, _ in squad.questions])
+        used = {p for _, _, p, _ in squad.questions}
+        self.passages = Texts(tokenizer, [text if p in used else "" for p, text in enumerate(squad.passages)])
+        for q, (_, _, p, answers) in enumerate(squad.questions):
             chars, asked = self.passages[p][1], len(self.questions[q][0])
-            span = answer_span(squad.passages[p], chars, *squad.answers[q][0]) if training else (-1, -1)
+            span = answer_span(squad.passages[p], chars, *answers[0]) if training else (-1, -1)
             self.skipped, self.cut = self.skipped + (span is None), self.cut + (asked > config.max_question)
             asked = min(asked, config.max_question)
             room = config.max_length - 3 - asked
@@ -335,7 +310,7 @@ class Features:
             head, n = asked + 2, asked + count + 3
             ids[b, [0, head - 1, n - 1]] = self.cls, self.sep, self.sep
             ids[b, 1:head - 1] = self.questions[q][0][:asked]
-            ids[b, head:n - 1] = self.passages[self.squad.passage[q]][0][first:first + count]
+            ids[b, head:n - 1] = self.passages[self.squad.questions[q][2]][0][first:first + count]
             types[b, head:n], real[b, :n], context[b, head:n - 1] = 1, True, True
         start, end = self.rows[indices, 4:].T.astype(np.int64)
         arrays = dict(ids=ids, types=types, real=real, context=context, start=start, end=end)
@@ -344,7 +319,7 @@ class Features:
     def text(self, row: int, start: int, end: int) -> str:
         """The characters of the passage from position start to position end of a window."""
         q, asked, first = self.rows[row, :3]
-        p, shift = self.squad.passage[q], first - asked - 2
+        p, shift = self.squad.questions[q][2], first - asked - 2
         chars = self.passages[p][1]
         return self.squad.passages[p][chars[start + shift, 0]:chars[end + shift, 1]]
 
@@ -400,14 +375,14 @@ def best_spans(start: torch.Tensor, end: torch.Tensor, context: torch.Tensor, lo
 def predict(model: BertForQuestionAnswering, features: Features, config: Config) -> dict[str, str]:
     """The best answer of each question over all its windows, as text by question id."""
     model.eval().to(config.device)
-    answers = {i: (-math.inf, "") for i in features.squad.ids}
+    answers = {question[0]: (-math.inf, "") for question in features.squad.questions}
     for indices in evaluation_batches(features.lengths):
         batch = features.batch(indices, config.device)
         with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
             start, end = model(batch["ids"], batch["types"], batch["real"])
         spans = best_spans(start, end, batch["context"], config.max_answer)
         for row, value, i, j in zip(indices, *(x.tolist() for x in spans)):
-            question = features.squad.ids[features.rows[row, 0]]
+            question = features.squad.questions[features.rows[row, 0]][0]
             if value > answers[question][0]:
                 answers[question] = value, features.text(row, i, j)
     return {question: text for question, (_, text) in answers.items()}
@@ -416,7 +391,7 @@ def predict(model: BertForQuestionAnswering, features: Features, config: Config)
 # ----------------------------------------------------------------------------- the paper's methods
 
 
-def add_masks(model: BertForQuestionAnswering, method: str, block: tuple[int, int]) -> None:
+def add_masks(model: BertForQuestionAnswering, method: str, block: str) -> None:
     """Put the masks of one of the paper's methods on a BERT; embeddings, norms and QA head have none.
 
     hybrid        blocks in attention, inner dimensions of the FFN (Paper: Hybrid)
@@ -424,7 +399,7 @@ def add_masks(model: BertForQuestionAnswering, method: str, block: tuple[int, in
     struct        whole heads and inner dimensions (Paper: heads and dims)
     unstructured  single weights (Sanh et al. 2020: soft movement pruning)
     """
-    r, c = (1, 1) if method == "unstructured" else block
+    r, c = (1, 1) if method == "unstructured" else map(int, block.split("x"))
     E, D = model.config.hidden_size, model.config.head_size
     for layer in model.bert.layers:
         a, ffn, heads = layer.attention, layer.ffn, None
@@ -490,37 +465,40 @@ def rate(step: int, total: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
 
 
-def pruning_schedule(config: Config, total: int, warmup: int):
-    """τ by step; ValueError for a schedule without a rise, or in which no score can fall far enough."""
-    start, end = round(config.initial_warmup * warmup), round(config.final_warmup * warmup)
-    blockprune.threshold_schedule(0, total, start, end)
-    # Note: Adam moves a score by about its learning rate a step, so their sum bounds how far it can fall.
+def length(config: Config, windows: int) -> tuple[int, int]:
+    """The steps of a run, and how many of them the learning rates warm up for."""
+    total = max(2, round(config.epochs * math.ceil(windows / config.batch)))
+    return total, min(total - 1, round(0.05 * total) if config.warmup_steps is None else config.warmup_steps)
+
+
+def threshold_at(step: int, config: Config, total: int, warmup: int) -> float:
+    """τ of a step. Paper: its flat parts are multiples of the learning rates' warm-up."""
+    return blockprune.threshold_schedule(step, total, round(config.initial_warmup * warmup),
+                                         round(config.final_warmup * warmup), config.threshold)
+
+
+def check_reach(config: Config, total: int, warmup: int) -> None:
+    """ValueError if no score can fall far enough: Adam moves one by about its learning rate a step."""
     reach = config.score_lr * sum(rate(step, total, warmup) for step in range(total))
     if reach < 3:
-        raise ValueError(f"nothing could be pruned: scores can fall to -{reach:.2f} in {total} steps, and a block goes "
-                         f"at {math.log(config.threshold / (1 - config.threshold)):.2f}. Reach -3: more --epochs, or "
-                         "a higher --score-lr")
-    return lambda step: blockprune.threshold_schedule(step, total, start, end, config.threshold)
+        goes = math.log(config.threshold / (1 - config.threshold))
+        raise ValueError(f"nothing could be pruned: in {total} steps scores fall to about -{reach:.2f}, and a block goes "
+                         f"at {goes:.2f}. Let them reach -3: more --epochs, or a higher --score-lr")
 
 
 def train(model: BertForQuestionAnswering, teacher, features: Features, config: Config) -> None:
     """Ordinary fine-tuning, and between the two rules what pruning adds to it."""
     out, device, pruning = Path(config.out), config.device, config.method != "dense"
-    per_epoch = math.ceil(len(features) / config.batch)
-    total = max(2, round(config.epochs * per_epoch))
-    warmup = min(total - 1, round(0.05 * total) if config.warmup_steps is None else config.warmup_steps)
+    total, warmup = length(config, len(features))
     for layer in model.bert.layers:
         layer.attention.dropout = config.attention_dropout
-    if pruning:
-        threshold = pruning_schedule(config, total, warmup)
-        add_masks(model, config.method, parse_block(config.block))
-        shares = {"attention": config.attention_lambda, "dense": config.dense_lambda}
     model.to(device)
-    optimizer = torch.optim.AdamW(blockprune.parameter_groups(model, 1, (config.score_lr or 0) / config.lr,
-                                                              config.weight_decay), fused=True)
-    peaks = [config.lr * group["lr"] for group in optimizer.param_groups]
+    optimizer = torch.optim.AdamW(blockprune.parameter_groups(model, config.lr, config.score_lr, config.weight_decay),
+                                  fused=True)
     step, spent = restore(out / "checkpoint.pt", model, optimizer)
-    first, began, saved, epoch, stop = step, time.monotonic(), time.monotonic(), -1, []
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, warmup), last_epoch=step - 1)
+    per_epoch, first, began, saved, epoch, stop = (math.ceil(len(features) / config.batch), step, time.monotonic(),
+                                                   time.monotonic(), -1, [])
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while step < total:
@@ -529,10 +507,8 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
                 batches = training_batches(features.lengths, config.batch, config.seed, epoch)
             batch = features.batch(batches[step % per_epoch], device)
             inputs = batch["ids"], batch["types"], batch["real"]
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * rate(step, total, warmup)
             if pruning:
-                tau = threshold(step)
+                tau = threshold_at(step, config, total, warmup)
                 blockprune.set_threshold(model, tau)
             with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
                 student = model.train()(*inputs)
@@ -542,7 +518,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             loss = config.alpha_ce * ce + config.alpha_kd * kd if teacher else ce  # Paper: alone, ce counts whole
             # ------------------------------------------------------------------ what pruning adds
             if pruning:
-                penalty = blockprune.penalty(model, shares)
+                penalty = blockprune.penalty(model, {"attention": config.attention_lambda, "dense": config.dense_lambda})
                 lam = config.final_lambda * tau / config.threshold      # Paper: λ follows τ
                 loss = loss + lam * penalty
             # -------------------------------------------------------------------------------------
@@ -550,9 +526,10 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             if not math.isfinite(loss.item() + norm.item()):
-                raise ValueError(f"{out}: at step {step} the loss is {loss.item():.3g}, the gradient's norm {norm:.3g}: stopped. "
+                raise ValueError(f"{out}: stopped at step {step}: loss {loss.item():.3g}, norm of the gradient {norm:.3g}. "
                                  "The checkpoint is of an earlier step. Try a lower --lr, or --precision fp32")
             optimizer.step()
+            schedule.step()
             step += 1
             now, line = time.monotonic(), dict(step=step, loss=loss.item(), ce=ce.item(), kd=kd.item())
             if step % config.log_every == 0 or step == total:
@@ -560,7 +537,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
                     line.update(penalty=penalty.item(), threshold=tau, density=blockprune.density(model))
                     line["lambda"] = lam
                 speed = (step - first) / (now - began)
-                line.update(lr=optimizer.param_groups[0]["lr"], examples_per_second=speed * config.batch)
+                line.update(lr=schedule.get_last_lr()[0], examples_per_second=speed * config.batch)
                 with open(out / "log.jsonl", "a") as log:
                     print(json.dumps(line), file=log)
                 print(f"{out.name} {step}/{total}  loss {line['loss']:.3f}  ce {line['ce']:.3f}"
@@ -629,44 +606,6 @@ def claim(config: Config, command: str) -> bool:
     return False
 
 
-def save_pruning(model: BertForQuestionAnswering, config: Config, vocab: Path) -> None:
-    """The model with its masks folded in and, in pruning.safetensors, W, b and each distinct score once."""
-    names = dict(model.named_parameters())
-    owner = {id(p): name for name, p in names.items()}
-    shared = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n not in names}
-    write_safetensors({n: p for n, p in names.items() if "parametrizations" in n}, Path(config.out, "pruning.safetensors"))
-    save_model(model, config.out, vocab, pruning=dict(method=config.method, block=config.block,
-                                                      threshold=config.threshold, shared=shared))
-
-
-def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
-    """The model of a run folder, with its masks on if it was fine-pruned."""
-    model, pruning = load_model(folder), read_json(Path(folder, "config.json")).get("pruning")
-    if pruning:
-        add_masks(model, pruning["method"], parse_block(pruning["block"]))
-        blockprune.set_threshold(model, pruning["threshold"])
-        saved = read_safetensors(Path(folder, "pruning.safetensors"))
-        wanted = {name: p for name, p in model.named_parameters() if "parametrizations" in name}
-        if {n: p.shape for n, p in wanted.items()} != {n: p.shape for n, p in saved.items()}:
-            raise ValueError(f"{folder}: pruning.safetensors does not fit the model of config.json")
-        for name, p in wanted.items():
-            p.data.copy_(saved[name])
-    return model
-
-
-def load_tokenizer(folder: str | Path):
-    """The word-piece tokenizer of a model folder; ValueError if it does not fit the embeddings."""
-    path, config = Path(folder, "vocab.txt"), load_config(folder)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=config.do_lower_case)
-    missing = [t for t in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if tokenizer.token_to_id(t) is None]
-    if missing or tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(f"{path}: {tokenizer.get_vocab_size()} words for {config.vocab_size} embeddings; "
-                         f"missing: {missing or 'none'}")
-    return tokenizer
-
-
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -686,26 +625,31 @@ def run(config: Config, command: str) -> None:
         raise ValueError(f"{config.teacher} and {config.init} have different vocabularies")
     if config.max_length > model.config.max_position_embeddings:
         raise ValueError(f"--max-length {config.max_length}: the model has {model.config.max_position_embeddings} positions")
-    if claim(config, command):
-        return print(f"{config.out}: finished before, its results.json is there")
+    features = Features(training, tokenizer, config, training=True)
     if config.fill:
         refill(model)
-    features = Features(training, tokenizer, config, training=True)
+    if config.method != "dense":
+        total, warmup = length(config, len(features))
+        threshold_at(0, config, total, warmup)      # refuses a schedule without a rise
+        check_reach(config, total, warmup)
+        add_masks(model, config.method, config.block)
+    if claim(config, command):
+        return print(f"{config.out}: finished before, its results.json is there")
     name = "the built-in made-up corpus, NOT SQuAD," if config.preset == "builtin" else config.data
-    print(f"{config.out}: {len(training.ids)} questions of {name} in {len(features)} windows, {config.device}, "
+    print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, {config.device}, "
           f"{config.precision}; {features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
     train(model, teacher, features, config)
     if config.method == "dense":
         save_model(model, config.out, vocab)
     else:
-        save_pruning(model, config, vocab)
+        save_pruning(model, config.out, vocab, method=config.method, block=config.block, threshold=config.threshold)
     # Note: what is scored is what is on disk, and the last step is the result: none is chosen on dev.
     predictions = predict(load_model(config.out), Features(dev, tokenizer, config, training=False), config)
     write_json(Path(config.out, "predictions.json"), predictions)
     scores = score(predictions, dev.truths())
     write_results(config.out, load_model(config.out), config, training, dev, command=command, **scores,
                   seconds=time.monotonic() - began)
-    print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f} on {len(dev.ids)} questions of {name}")
+    print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f} on {len(dev.questions)} questions of {name}")
 
 
 def parse(argv: Optional[list[str]]) -> dict:
@@ -716,6 +660,8 @@ def parse(argv: Optional[list[str]]) -> dict:
     for field in dataclasses.fields(Config):
         kind = (typing.get_args(field.type) or (field.type,))[0]
         how = dict(action="store_true") if kind is bool else dict(type=kind, default=field.default)
+        if choices := re.match(r" \{(.*?)\}", comments[field.name]):
+            how["choices"] = choices[1].split(",")
         parser.add_argument("--" + field.name.replace("_", "-"), help=" ".join(comments[field.name].split()), **how)
     parser.add_argument("--score", nargs=2, metavar=("PREDICTIONS", "DEV"), help="print EM and F1 of a file")
     return vars(parser.parse_args(argv))
