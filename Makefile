@@ -50,7 +50,7 @@ pipeline:
 	  $(if $(LAMBDA),--final-lambda $(LAMBDA)) $(if $(EPOCHS),--epochs $(EPOCHS)) --out "$$R/$(METHOD)" $(FLAGS)
 	$(PY) compact.py "$$R/$(METHOD)" --data "$$D" --out "$$R/$(METHOD)-compact"
 	$(PY) train_squad.py --data "$$D" --init "$$R/$(METHOD)-compact" --teacher "$$R/teacher" --fill --out "$$R/filled" $(FLAGS)
-	$(PY) compact.py --compare "$$R/teacher" "$$R/$(METHOD)-compact" "$$R/filled"
+	$(PY) compact.py --compare "$$R/teacher" "$$R/$(METHOD)-compact" "$$R/filled" --data "$$D"
 
 test: install  ## all tests; no network after the install
 	$(PY) -m pytest -q tests

@@ -12,6 +12,7 @@ Comments: `# Differs:` marks a deviation from the authors, `# Note:` a remark of
 """
 import argparse
 import dataclasses
+import math
 import shlex
 import statistics
 import sys
@@ -33,7 +34,7 @@ from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors,
 def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
     """A smaller model with the same function: in eval mode, for rows with at least one real token.
 
-    model: masked, baked, dense or compacted; it is left as it is. A head goes where it adds nothing
+    model: masked, baked, dense or compacted, of finite weights; it is left as it is. A head goes where it adds nothing
     or a constant, an FFN dimension likewise, and the constants go into the bias that follows:
 
         O columns of the head all 0                              adds nothing
@@ -57,14 +58,16 @@ def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
         rows = kept.repeat_interleave(D)                                    # (H · D)
         fold(tensors, out, O[:, ~rows] @ bV[~rows])
         for name in (query, key, value):
-            tensors[name + ".weight"], tensors[name + ".bias"] = tensors[name + ".weight"][rows], tensors[name + ".bias"][rows]
+            for leaf in (".weight", ".bias"):
+                tensors[name + leaf] = tensors[name + leaf][rows]
         tensors[out + ".weight"] = tensors[out + ".weight"][:, rows]
         heads.append(int(kept.sum()))
 
         W1, b1, W2 = (tensors[x].double() for x in (fc1 + ".weight", fc1 + ".bias", fc2 + ".weight"))
         rows = (W1 != 0).any(1) & (W2 != 0).any(0)                          # (F)
         fold(tensors, fc2, W2[:, ~rows] @ ACTIVATIONS[c.hidden_act](b1[~rows]))
-        tensors[fc1 + ".weight"], tensors[fc1 + ".bias"] = tensors[fc1 + ".weight"][rows], tensors[fc1 + ".bias"][rows]
+        for leaf in (".weight", ".bias"):
+            tensors[fc1 + leaf] = tensors[fc1 + leaf][rows]
         tensors[fc2 + ".weight"] = tensors[fc2 + ".weight"][:, rows]
         widths.append(int(rows.sum()))
 
@@ -85,10 +88,10 @@ def fold(tensors: dict[str, Tensor], linear: str, constant: Tensor) -> None:
 
 @torch.no_grad()
 def heads_authors_rule(model: BertForQuestionAnswering) -> list[int]:
-    """Heads left in each layer under the reference's rule: none of Q, K and V is empty (not exact)."""
+    """Heads left in each layer by the reference's rule: Q, K and V not empty, and at least one (not exact)."""
     D = model.config.head_size
-    return [int(torch.stack([(w.view(-1, D, w.shape[1]) != 0).flatten(1).any(1) for w in
-                             (a.query.weight, a.key.weight, a.value.weight)]).all(0).sum())
+    return [max(min(1, a.heads), int(torch.stack([(w.view(-1, D, w.shape[1]) != 0).flatten(1).any(1) for w in (
+            a.query.weight, a.key.weight, a.value.weight)]).all(0).sum()))
             for a in (layer.attention for layer in model.bert.layers)]
 
 
@@ -182,8 +185,8 @@ def save_pruning(model: BertForQuestionAnswering, folder: str | Path, vocab: str
     names = dict(model.named_parameters())
     owner = {id(p): name for name, p in names.items()}
     shared = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n not in names}
+    save_model(model, folder, vocab, pruning={**pruning, "shared": shared})     # shared: for other readers
     write_safetensors({n: p for n, p in names.items() if "parametrizations" in n}, Path(folder, "pruning.safetensors"))
-    save_model(model, folder, vocab, pruning={**pruning, "shared": shared})
 
 
 def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
@@ -230,23 +233,23 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
     Allowed is 1e-5 · max(1, max |logit|), and another best span only where two spans are nearer than
     twice that. batches: ids, types, real, context; spans(start, end, context) → score, i, j.
     """
-    worst, largest, doubtful = 0.0, 1.0, []
+    worst, largest, doubtful = torch.zeros(()), 1.0, []
     for batch in batches:
         real, outputs = batch["real"], []
         for m in (model, small):
             outputs.append([logits.masked_fill(~real, 0) for logits in m(batch["ids"], batch["types"], real)])
         (s, e), (s2, e2) = outputs
-        worst = max(worst, float((s - s2).abs().max()), float((e - e2).abs().max()))
+        worst = torch.maximum(worst, torch.stack([(s - s2).abs(), (e - e2).abs()]).max().cpu())     # NaN stays NaN
         largest = max(largest, float(s.abs().max()), float(e.abs().max()))
         (value, i, j), (_, i2, j2) = spans(s, e, batch["context"]), spans(s2, e2, batch["context"])
         row = torch.arange(len(i), device=i.device)
         moved = (i != i2) | (j != j2)
         doubtful += (value - s[row, i2] - e[row, j2])[moved].tolist()   # how much worse the other span is
     tolerance = 1e-5 * largest
-    if not worst <= tolerance or any(gap > 2 * tolerance for gap in doubtful):
+    if not worst <= tolerance < math.inf or any(gap > 2 * tolerance for gap in doubtful):
         raise ValueError(f"the compacted model differs: |Δ logit| {worst:.2e} where {tolerance:.2e} is allowed, "
                          f"{len(doubtful)} other spans. Nothing was written")
-    return worst
+    return worst.item()
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -255,6 +258,11 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 def run(folder: Path, out: Path, data: str, dev_questions: Optional[int], command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
     import train_squad as ts
+    weights, done = folder / "model.safetensors", out / "results.json"
+    if out.exists() and any(out.iterdir()) and read_json(out / "run.json").get("compacted") != str(folder):
+        raise ValueError(f"{out} is there, and does not hold {folder} compacted: use another --out")
+    if done.is_file() and done.stat().st_mtime > weights.stat().st_mtime:
+        return print(f"{out}: finished before, its results.json is there")
     began, settings = time.monotonic(), read_json(folder / "run.json")["settings"]
     config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"],
                                     "dev_questions": dev_questions or settings["dev_questions"]}))
@@ -265,10 +273,11 @@ def run(folder: Path, out: Path, data: str, dev_questions: Optional[int], comman
     some = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.seed))[:1024].numpy()
     worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),
                   lambda s, e, context: ts.best_spans(s, e, context, config.max_answer))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "run.json", {**read_json(folder / "run.json"), "command": command, "compacted": str(folder)})
     save_model(small, out, folder / "vocab.txt")
     if hasattr(masked.bert.layers[0].ffn.fc1, "parametrizations"):
         write_json(out / "masks.json", mask_rows(masked))
-    write_json(out / "run.json", {**read_json(folder / "run.json"), "command": command})
     small = load_model(out)
     before, after = (ts.score(ts.predict(model, features, config), dev.truths()) for model in (masked, small))
     write_results(out, small, config, None, dev, **after, exact_match_masked=before["exact_match"],
@@ -278,8 +287,15 @@ def run(folder: Path, out: Path, data: str, dev_questions: Optional[int], comman
           f"difference over {len(some)} windows in fp32 is {worst:.1e}")
 
 
-def compare(folders: list[Path], batch: int, length: int) -> None:
-    """The table of some run folders; speed is held against the first, measured in one go in fp32."""
+def compare(folders: list[Path], data: str, batch: int, length: int) -> None:
+    """The table of some run folders; speed is held against the first, measured in one go in fp32.
+
+    ValueError if they were not all scored on the same dev set, that of the folder `data` if it is given.
+    """
+    import train_squad as ts
+    scored = {read_json(folder / "results.json")["data"]["sha256"]["dev"] for folder in folders}
+    if len(scored | ({ts.read_squad(data, "dev-v1.1.json").sha256} if data else set())) > 1:
+        raise ValueError("the models were not scored on the same dev set")
     models = [load_model(folder) for folder in folders]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     times = [statistics.median(t) for t in benchmark(models, batch, length, device=device)]
@@ -313,7 +329,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     a = parser.parse_args(argv)
     try:
         if a.compare:
-            compare(a.compare, a.batch, a.length)
+            compare(a.compare, a.data, a.batch, a.length)
         elif a.folder and a.out:
             run(a.folder, a.out, a.data, a.dev_questions,
                 shlex.join(["python", "compact.py", *(sys.argv[1:] if argv is None else argv)]))

@@ -103,6 +103,9 @@ NOT_SETTINGS = ("out", "log_every", "checkpoint_every")     # may change when a 
 def settle(config: Config) -> Config:
     """A copy with every None filled in; ValueError for what cannot be."""
     c = dataclasses.replace(config)
+    if c.data == "builtin":
+        c.data = "data/builtin"
+        write_builtin(c.data)
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     c.precision = c.precision or best_precision(c.device)
     c.preset = c.preset or ("builtin" if Path(c.data).name == "builtin" else "small")
@@ -611,9 +614,6 @@ def claim(config: Config, command: str) -> bool:
 
 def run(config: Config, command: str) -> None:
     """One run, from settings to results.json: train, save, read back what was saved, score that."""
-    if config.data == "builtin":
-        config = dataclasses.replace(config, data="data/builtin")
-        write_builtin(Path(config.data))
     config, began = settle(config), time.monotonic()
     training = read_squad(config.data, "train-v1.1.json", config.questions, config.seed)
     dev = read_squad(config.data, "dev-v1.1.json", config.dev_questions, config.seed)

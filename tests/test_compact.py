@@ -1,0 +1,480 @@
+"""What compact.py must do: compaction never changes the function, and the numbers beside it are true.
+
+In order: random models, as many as FUZZ=n says; each reason to cut something alone, and what is no reason;
+what else compaction keeps; parameters and floating point operations, by hand and for the paper's headline
+model; the benchmark, on a clock that is ours; the check on real text; pictures; results.json.
+"The same function" is: the same logits at real tokens, in eval mode.
+
+Letters: E hidden size, H heads, D head size, F FFN width, T tokens; Q, K, V, O the matrices of attention.
+"""
+import copy
+import dataclasses
+import json
+import math
+import os
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bert import ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors, load_model, save_model
+from blockprune import bake, masks, set_threshold
+from compact import (benchmark, check, compact, count_parameters, draw, flops, heads_authors_rule, mask_rows,
+                     write_results)
+from train_squad import Config, Squad, add_masks, best_spans
+
+CASES = int(os.environ.get("FUZZ", 100))    # random models, no fewer
+DEAD = -9.0                                 # a score that is pruned at τ = 0.1
+
+# All different: layers 2, H 3, D 4, F 7, E 12, vocabulary 19, T at most 9, types 5.
+TINY = dict(vocab_size=19, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=7,
+            max_position_embeddings=9, type_vocab_size=5)
+UNEVEN = BertConfig(**TINY, heads=[1, 0], ffn=[5, 0])
+HEADLINE = BertConfig(heads=[4, 4, 6, 7, 7, 5, 6, 7, 5, 5, 5, 3],  # the paper's, on BERT-base
+                      ffn=[552, 717, 795, 789, 833, 792, 620, 466, 283, 112, 96, 238])
+
+
+def scramble(model):
+    """In eval mode; every parameter random, gains and biases too, and large enough to be seen."""
+    for name, p in model.eval().named_parameters():
+        nn.init.normal_(p, mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.5)
+    return model
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return scramble(BertForQuestionAnswering(BertConfig(**TINY, **changes)))
+
+
+def random_inputs(config, rows=3, T=8):
+    """ids, types, and which tokens are real: 1 to T of each row, then padding."""
+    ids, types = torch.randint(config.vocab_size, (rows, T)), torch.randint(config.type_vocab_size, (rows, T))
+    return ids, types, torch.arange(T) < torch.randint(1, T + 1, (rows, 1))
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    """Those at real tokens, (2, their number)."""
+    return torch.stack(model(*inputs))[:, inputs[2]]
+
+
+def assert_same(found, expected, tolerance=1e-12):
+    assert (found - expected).abs().max() <= tolerance * max(1, expected.abs().max())
+
+
+def assert_bit_equal(a, b):
+    a, b = hf_tensors(a), hf_tensors(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+def left(model):
+    """By layer, the heads and the FFN dimensions that have weights on both of their sides."""
+    D, heads, ffn = model.config.head_size, [], []
+    for layer in model.bert.layers:
+        V, O, W1, W2 = (m.weight for m in (layer.attention.value, layer.attention.out, layer.ffn.fc1, layer.ffn.fc2))
+        heads.append(sum(bool(V[h:h + D].any() and O[:, h:h + D].any()) for h in range(0, len(V), D)))
+        ffn.append(sum(bool(W1[j].any() and W2[:, j].any()) for j in range(len(W1))))
+    return heads, ffn
+
+
+# ----------------------------------------------------------------------------------- random models
+
+
+def random_case(seed):
+    """A model of random shape with masks of a random method, and inputs: ids, types, real.
+
+    Bands of rows and columns are empty, either pruned with their biases or zero beside biases that stay.
+    So some heads, dimensions and layers are empty, and some in one of their matrices alone.
+    """
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    E, F, T = rng.randint(6, 20), rng.randint(1, 11), rng.randint(1, 9)
+    H = rng.choice([n for n in range(1, E + 1) if E % n == 0])
+    method = rng.choice(["dense", "hybrid", "block", "struct", "unstructured"])
+    heads, ffn = ([rng.choice([most, rng.randint(method != "dense", most)]) for _ in range(1 + seed % 3)]
+                  for most in (H, F))
+    model = scramble(BertForQuestionAnswering(BertConfig(
+        vocab_size=23, hidden_size=E, num_hidden_layers=len(heads), num_attention_heads=H, intermediate_size=F,
+        hidden_act=rng.choice(list(ACTIVATIONS)), max_position_embeddings=9, type_vocab_size=3, heads=heads, ffn=ffn)))
+
+    def fill_band(matrix, dim, value):
+        first, last = sorted(rng.randint(0, matrix.shape[dim]) for _ in range(2))
+        matrix.narrow(dim, first, last - first).fill_(value)
+
+    matrices = [module.weight.data for module in model.bert.layers.modules() if isinstance(module, nn.Linear)]
+    for matrix in matrices:
+        if rng.random() < 0.3:
+            fill_band(matrix, rng.randint(0, 1), 0)
+    if method != "dense":
+        most = min(min(matrix.shape) for matrix in matrices)
+        add_masks(model, method, f"{rng.randint(1, most)}x{rng.randint(1, most)}")
+        for mask in masks(model):
+            S = mask.scores.data.normal_(std=2).view(mask.grid)
+            if rng.random() < 0.5:
+                fill_band(S, 0, DEAD)
+                fill_band(S, 1, DEAD)
+        set_threshold(model, 0.1)
+    return model, random_inputs(model.config, rng.randint(1, 4), T)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_masked_baked_compacted_and_loaded_are_one_function(dtype, tolerance, tmp_path):
+    seen = set()    # of attention and FFN in each layer: whether some was cut, some left, some constant folded
+    for seed in range(CASES):
+        model, inputs = random_case(seed)
+        try:
+            expected, c = logits(model.to(dtype), inputs), model.config
+            small = compact(model)
+            assert (small.config.heads, small.config.ffn) == left(model)
+            assert dataclasses.replace(small.config, heads=c.heads, ffn=c.ffn) == c
+            assert_same(logits(small, inputs), expected, tolerance)
+            assert_same(logits(bake(copy.deepcopy(model)), inputs), expected, tolerance)
+            assert_bit_equal(compact(small), small)
+            if dtype == torch.float32:
+                save_model(small, tmp_path)
+                loaded = load_model(tmp_path).eval()
+                assert_bit_equal(loaded, small)
+                assert_same(logits(loaded, inputs), expected, tolerance)
+        except Exception as error:
+            raise AssertionError(f"random_case({seed})") from error
+        for a, b in zip(model.bert.layers, small.bert.layers):
+            for x, y, after_x, after_y in ((a.attention.value, b.attention.value, a.attention.out, b.attention.out),
+                                           (a.ffn.fc1, b.ffn.fc1, a.ffn.fc2, b.ffn.fc2)):
+                width = len(y.weight)
+                seen.add((width < len(x.weight), width > 0, not torch.equal(after_x.bias, after_y.bias)))
+    assert seen - {(False, False, False)} == {(False, True, False), (True, True, False), (True, True, True),
+                                              (True, False, False), (True, False, True)}
+
+
+# ----------------------------------------------------------------------- each reason to cut, alone
+
+SECOND = slice(4, 8)  # the rows of Q, K and V, and the columns of O, of the second head
+
+REASONS = {  # what is zero in the second layer → heads and dimensions left there, of 3 and 7
+    "nothing": (lambda a, f: [], 3, 7),
+    "all biases": (lambda a, f: [m.bias for m in (a.query, a.key, a.value, a.out, f.fc1, f.fc2)], 3, 7),
+    "V": (lambda a, f: [a.value.weight[SECOND]], 2, 7),
+    "V and its bias": (lambda a, f: [a.value.weight[SECOND], a.value.bias[SECOND]], 2, 7),
+    "O": (lambda a, f: [a.out.weight[:, SECOND]], 2, 7),
+    "Q": (lambda a, f: [a.query.weight[SECOND]], 3, 7),
+    "K": (lambda a, f: [a.key.weight[SECOND]], 3, 7),
+    "Q, K and their biases": (lambda a, f: [a.query.weight, a.key.weight, a.query.bias, a.key.bias], 3, 7),
+    "half of V": (lambda a, f: [a.value.weight[4:6], a.value.bias[4:6]], 3, 7),
+    "half of V, the other half of O": (lambda a, f: [a.value.weight[4:6], a.out.weight[:, 6:8]], 3, 7),
+    "halves of two heads of V": (lambda a, f: [a.value.weight[2:6]], 3, 7),
+    "V of one head, O of another": (lambda a, f: [a.value.weight[:4], a.out.weight[:, 8:]], 1, 7),
+    "V of all heads": (lambda a, f: [a.value.weight], 0, 7),
+    "O of all heads": (lambda a, f: [a.out.weight], 0, 7),
+    "a row of fc1": (lambda a, f: [f.fc1.weight[2]], 3, 6),
+    "a row of fc1 and its bias": (lambda a, f: [f.fc1.weight[2], f.fc1.bias[2]], 3, 6),
+    "half a row of fc1": (lambda a, f: [f.fc1.weight[2, :6]], 3, 7),
+    "a column of fc2": (lambda a, f: [f.fc2.weight[:, 2]], 3, 6),
+    "a row of fc1, another column of fc2": (lambda a, f: [f.fc1.weight[0], f.fc2.weight[:, 5]], 3, 5),
+    "the other sides": (lambda a, f: [a.out.weight[5], f.fc1.weight[:, 2], f.fc2.weight[2]], 3, 7),
+    "fc1": (lambda a, f: [f.fc1.weight], 3, 0),
+    "fc2": (lambda a, f: [f.fc2.weight], 3, 0),
+    "all weights": (lambda a, f: [m.weight for m in (a.query, a.key, a.value, a.out, f.fc1, f.fc2)], 0, 0),
+    "the layer": (lambda a, f: [*a.parameters(), *f.parameters()], 0, 0)}
+
+
+@torch.no_grad()
+def without(reason):
+    model = tiny().double()
+    for tensor in REASONS[reason][0](model.bert.layers[1].attention, model.bert.layers[1].ffn):
+        tensor.zero_()
+    return model
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_each_reason_alone(reason):
+    model = without(reason)
+    small, inputs, (_, heads, width) = compact(model), random_inputs(model.config), REASONS[reason]
+    assert (small.config.heads, small.config.ffn) == ([3, heads], [7, width])
+    assert_same(logits(small, inputs), logits(model, inputs))
+    if (heads, width) == (3, 7):
+        assert_bit_equal(small, model)
+
+
+BY_HAND = {"gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2, "relu": lambda x: max(x, 0.0),
+           "silu": lambda x: x / (1 + math.exp(-x))}
+BY_HAND["gelu_new"] = BY_HAND["gelu_pytorch_tanh"] = lambda x: (
+    x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_constants_are_folded_in_fp64_and_rounded_once(act):
+    """V of the second head, and rows 2 and 5 of fc1, are zero: o + O bᵥ and b₂ + W₂ act(b₁) remain."""
+    model = tiny(hidden_act=act)
+    a, f = model.bert.layers[1].attention, model.bert.layers[1].ffn
+    a.value.weight.data[SECOND], f.fc1.weight.data[[2, 5]] = 0, 0
+    O, o, bV, W2, b2, b1 = (p.tolist() for p in (a.out.weight, a.out.bias, a.value.bias,
+                                                 f.fc2.weight, f.fc2.bias, f.fc1.bias))
+    o = [math.fsum([o[e], *(O[e][j] * bV[j] for j in range(4, 8))]) for e in range(12)]
+    b2 = [math.fsum([b2[e], *(W2[e][j] * BY_HAND[act](b1[j]) for j in (2, 5))]) for e in range(12)]
+    small = compact(model).bert.layers[1]
+    assert torch.equal(small.attention.out.bias, torch.tensor(o)) and torch.equal(small.ffn.fc2.bias, torch.tensor(b2))
+
+
+@pytest.mark.parametrize("value, heads, width", [(-0.0, 2, 6), (1e-45, 3, 7), (math.inf, 3, 7), (math.nan, 3, 7)])
+@pytest.mark.parametrize("side", [0, 1])
+def test_empty_means_equal_to_zero(side, value, heads, width):
+    """−0 is zero; the smallest fp32 number, ∞ and NaN are not."""
+    model = tiny()
+    a, f = model.bert.layers[1].attention, model.bert.layers[1].ffn
+    head, row = (a.out.weight.data.T, f.fc2.weight.data.T) if side else (a.value.weight.data, f.fc1.weight.data)
+    head[SECOND], row[2] = 0, 0
+    head[5, 3], row[2, 3] = value, value
+    assert (compact(model).config.heads, compact(model).config.ffn) == ([3, heads], [7, width])
+
+
+@pytest.mark.parametrize("reason, authors, exact", [
+    ("nothing", 3, 3), ("half of V", 3, 3), ("V", 2, 2), ("Q", 2, 3), ("K", 2, 3), ("O", 3, 2)])
+def test_heads_by_the_authors_rule(reason, authors, exact):
+    """It cuts a head with an empty Q or K, which changes the function, and keeps one with an empty O."""
+    model = without(reason)
+    inputs = random_inputs(model.config)
+    expected = logits(model, inputs)
+    assert heads_authors_rule(model) == [3, authors] and compact(model).config.heads == [3, exact]
+    model.bert.layers[1].attention.out.weight.data[:, SECOND] = 0
+    assert authors >= exact or (logits(model, inputs) - expected).abs().max() > 0.1
+
+
+# ------------------------------------------------------------------- what else compaction keeps
+
+
+def test_the_masked_model_and_the_random_numbers_are_left_alone():
+    model = tiny()
+    add_masks(model, "hybrid", "4x3")
+    set_threshold(model, 0.1)
+    for mask in masks(model):
+        mask.scores.data.flatten()[::2] = DEAD
+    inputs, before, state = random_inputs(model.config), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    expected, small = logits(model, inputs), compact(model)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(logits(model, inputs), expected)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert len(list(masks(model))) == 2 * 6 and not list(masks(small))
+    kept = logits(small, inputs)
+    for p in model.parameters():
+        p.data.fill_(DEAD)
+    assert left(model) == ([0, 0], [0, 0]) and torch.equal(logits(small, inputs), kept)  # no memory is shared
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_kept(training):
+    assert {module.training for module in compact(tiny().train(training)).modules()} == {training}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_precision_is_kept_and_matrices_may_share_memory(dtype):
+    model = without("V of one head, O of another").to(dtype)
+    a = model.bert.layers[1].attention
+    a.value.bias.data.zero_()  # nothing to fold, nothing to round
+    a.key.weight = a.query.weight
+    small, inputs = compact(model), random_inputs(model.config)
+    assert {p.dtype for p in small.parameters()} == {dtype} and small.config.heads == [3, 1]
+    assert_same(logits(small.double(), inputs), logits(model.double(), inputs))
+
+
+def test_gradients_flow():
+    """To all that is left, also past empty layers, and they are those of the model before."""
+    model = tiny().double()
+    model.bert.layers[0].attention.value.weight.data.zero_()
+    model.bert.layers[1].ffn.fc2.weight.data.zero_()
+    small, inputs = compact(model), random_inputs(model.config)
+    assert (small.config.heads, small.config.ffn) == ([0, 3], [7, 0])
+    for m in (model, small):
+        torch.stack(m(*inputs))[:, inputs[2]].pow(2).sum().backward()
+    before = hf_tensors(model)
+    for name, p in hf_tensors(small).items():
+        if p.numel():
+            assert p.grad.any() or name.endswith("key.bias"), name  # which moves all scores of a query alike
+            torch.testing.assert_close(p.grad, before[name].grad)
+
+
+# --------------------------------------------------------------------------------- counts, by hand
+
+
+def of_ones(config):
+    """A model without memory of its own: each parameter is a single 1, seen in the parameter's shape."""
+    with torch.device("meta"):
+        model = BertForQuestionAnswering(config)
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.ones(()).expand(p.shape)))
+    return model
+
+
+@pytest.mark.parametrize("config, linear, dense, encoder, total", [
+    # A head and 5 dimensions: 4 · 48 and 2 · 60 weights, 3 · 4 + 12 and 5 + 12 biases, two norms: 401; an empty
+    # layer: 12 + 12 biases, two norms: 72. 19 + 9 + 5 embeddings and a norm of 2 are 35 rows; the QA head is 26.
+    (UNEVEN, 4 * 48 + 2 * 60, 2 * (4 * 144 + 2 * 84), 401 + 72, 35 * 12 + 401 + 72 + 26),
+    (BertConfig(), 84_934_656, 84_934_656, 12 * 7_087_872, 108_893_186),
+    (HEADLINE, 22_248_960, 84_934_656, 46_161_559 - 23_837_184 - 1_538, 46_161_559)])
+def test_parameters_by_hand(config, linear, dense, encoder, total):
+    assert count_parameters(of_ones(config)) == dict(linear=linear, linear_nonzero=linear, linear_dense=dense,
+                                                     encoder=encoder, total=total, bytes=4 * total)
+
+
+def test_what_is_masked_counts_as_zero_and_scores_not_at_all():
+    model = tiny()
+    dense = count_parameters(model)
+    add_masks(model, "struct", "1x1")
+    set_threshold(model, 0.1)
+    assert count_parameters(model) == dense and dense["linear_nonzero"] == dense["linear"]
+    layer, cut = model.bert.layers[0], 4 * 48 + 3 * 24  # a head of four matrices, three dimensions of two
+    layer.attention.query.parametrizations.weight[0].scores.data[1] = DEAD
+    layer.ffn.fc1.parametrizations.weight[0].scores.data[:3] = DEAD
+    assert count_parameters(model) == {**dense, "linear_nonzero": dense["linear"] - cut}
+    assert count_parameters(compact(model))["linear"] == dense["linear"] - cut
+
+
+def test_flops_by_hand_and_as_torch_counts_them():
+    # Multiply-adds: four projections of 8 tokens from 12 to 4, two products with 8 · 8 scores, FFN, QA head.
+    assert flops(UNEVEN, 8) == 2 * (4 * 8 * 12 * 4 + 2 * 8 * 8 * 4 + 2 * 8 * 12 * 5 + 8 * 12 * 2)
+    for config in (UNEVEN, BertConfig(**TINY), BertConfig(**TINY, heads=[2, 3], ffn=[0, 6])):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            BertForQuestionAnswering(config)(torch.zeros(1, 8, dtype=torch.long))
+        assert flops(config, 8) == counter.get_total_flops()
+    assert round(flops(BertConfig(), 384) / flops(HEADLINE, 384), 2) == 3.62  # 3.623
+
+
+# ----------------------------------------------------------------------------------- the benchmark
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_benchmark_on_a_clock_of_ours(monkeypatch, precision):
+    """The models take turns, two to warm up; then each forward pass counts, in milliseconds."""
+    now, calls = [100.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    class Model(nn.Module):
+        def __init__(self, *milliseconds):
+            super().__init__()
+            self.config, self.milliseconds = SimpleNamespace(vocab_size=7), list(milliseconds)
+
+        def forward(self, ids):
+            now[0] += self.milliseconds.pop(0) / 1000
+            calls.append((self, ids))
+            assert ids.shape == (2, 50) and set(ids.flatten().tolist()) == set(range(7))
+            assert not self.training and not torch.is_grad_enabled()
+            assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+
+    models = [Model(900, 80, 5, 7, 6), Model(700, 60, 2, 1, 4)]
+    assert benchmark(models, 2, 50, 3, precision) == [pytest.approx([5, 7, 6]), pytest.approx([2, 1, 4])]
+    assert [m for m, _ in calls] == models * 5 and all(torch.equal(ids, calls[0][1]) for _, ids in calls)
+
+
+# ---------------------------------------------------------------------------- the check on real text
+
+
+def batch(start, end, real=None):
+    start, end = torch.tensor([start]).double(), torch.tensor([end]).double()
+    real = torch.ones_like(start).bool() if real is None else torch.tensor([real]).bool()
+    return dict(ids=start, types=end, real=real, context=real)
+
+
+def check_shifted(batches, start, end=0):
+    """check() of a model that gives back its inputs as logits, and of one that shifts them; spans of one token."""
+    start, end = torch.tensor(start), torch.tensor(end)
+    return check(lambda ids, types, real: (ids, types), lambda ids, types, real: (ids + start, types + end),
+                 iter(batches), lambda s, e, context: best_spans(s, e, context, 1))
+
+
+def test_check_accepts_a_compacted_model_and_refuses_one_with_another_bias():
+    model = without("V of one head, O of another")
+    small, (ids, types, real) = compact(model), random_inputs(model.config)
+    arguments = model, small, [dict(ids=ids, types=types, real=real, context=real)], (
+        lambda s, e, context: best_spans(s, e, context, 3))
+    allowed = 1e-5 * max(1, logits(model, (ids, types, real)).abs().max())
+    assert 0 <= check(*arguments) < 1e-12
+    small.qa_outputs.bias.data[1] += 0.9 * allowed
+    assert check(*arguments) == pytest.approx(0.9 * allowed)
+    small.qa_outputs.bias.data[1] += 0.2 * allowed
+    with pytest.raises(ValueError, match=f"{1.1 * allowed:.2e} where {allowed:.2e} is allowed"):
+        check(*arguments)
+
+
+def test_check_holds_the_worst_of_all_batches_against_the_largest_logit():
+    batches = [batch([0, 1], [3, 0]), batch([0, 1], [-40, 0]), batch([0.5, 1], [3, 0])]
+    assert check_shifted(batches, [3e-4, -3.9e-4]) == pytest.approx(3.9e-4)
+    for shift in ([[3e-4, 4.1e-4]], [[-4.1e-4, 0]], [[0, 0], [0, 4.1e-4]]):
+        with pytest.raises(ValueError, match="4.10e-04 where 4.00e-04 is allowed"):
+            check_shifted(batches, *shift)
+    with pytest.raises(ValueError, match="3.90e-04 where 3.00e-05 is allowed"):
+        check_shifted(batches[::2], [0, 3.9e-4])
+    with pytest.raises(ValueError, match="2.00e-05 where 1.00e-05 is allowed"):
+        check_shifted([batch([0, 0.1], [0, 0])], [0, 2e-5])
+
+
+def test_check_ignores_padding():
+    batches = [batch([0, 1, 9e9], [3, 0, 9e9], [1, 1, 0])]
+    assert check_shifted(batches, [0, 0, 5]) == check_shifted(batches, [0, 0, math.nan]) == 0
+    with pytest.raises(ValueError, match="where 3.00e-05 is allowed"):
+        check_shifted(batches, [0, 1e-3, 0])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_check_refuses_what_is_not_a_number(bad):
+    good, hole = batch([0, 1], [3, 0]), batch([0, bad], [3, 0])
+    for batches, shift in (([good], [0, bad]), ([hole], [0, 0]), ([good, hole, good], [0, 0]), ([hole], [0, -bad])):
+        with pytest.raises(ValueError, match="differs"):
+            check_shifted(batches, shift)
+
+
+def test_check_allows_another_span_only_where_two_are_nearer_than_twice_the_tolerance():
+    """Each logit moves by 9e-6, of 1e-5 allowed; so the second span gains 3.6e-5 on the first."""
+    shift = [-9e-6, 9e-6]
+    for gap in (1.9e-5, 3.7e-5):  # between the two: near enough; too far for the best span to move
+        assert check_shifted([batch([gap, 0], [0, 0])], shift, shift) == pytest.approx(9e-6)
+    with pytest.raises(ValueError, match="1 other span"):
+        check_shifted([batch([2.1e-5, 0], [0, 0])], shift, shift)
+
+
+# ---------------------------------------------------------------------------- pictures, results.json
+
+
+def test_draw():
+    config = BertConfig(num_hidden_layers=3, hidden_size=12, num_attention_heads=3, intermediate_size=48,
+                        heads=[3, 1, 0], ffn=[48, 14, 0])
+    assert draw(config).splitlines() == [
+        "layer  0  heads ■■■  3/3   ffn ████████████████████████   48/48",
+        "layer  1  heads ■··  1/3   ffn ███████·················   14/48",
+        "layer  2  heads ···  0/3   ffn ························    0/48"]
+
+
+def test_mask_rows():
+    """Blocks of 4 × 6 in Q, K and V, so 6 × 4 in O; the dimensions are rows of fc1 and columns of fc2."""
+    model = tiny()
+    add_masks(model, "hybrid", "4x6")
+    set_threshold(model, 0.1)
+    a, f = model.bert.layers[1].attention, model.bert.layers[1].ffn
+    a.query.parametrizations.weight[0].scores.data[1] = DEAD
+    a.value.parametrizations.weight[0].scores.data[0, 1] = DEAD
+    a.out.parametrizations.weight[0].scores.data[1, :2] = DEAD
+    f.fc2.parametrizations.weight[0].scores.data[[0, 3]] = DEAD
+    full = ["11", "11", "11"]
+    assert mask_rows(model) == {
+        "0": dict(query=full, key=full, value=full, out=["111", "111"], fc1=["1"] * 7, fc2=["1111111"]),
+        "1": dict(query=["11", "00", "11"], key=full, value=["10", "11", "11"], out=["111", "001"],
+                  fc1=["0", "1", "1", "0", "1", "1", "1"], fc2=["0110111"])}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_results_have_every_key(tmp_path, trained):
+    training, dev = Squad([], [None] * 5, "5eed") if trained else None, Squad([], [None] * 2, "de5")
+    model = without("Q")
+    model.bert.layers[0].attention.out.weight.data[:, SECOND] = 0
+    config = Config(data="some/where", device="cpu", precision="fp32", seed=3)
+    write_results(tmp_path, model, config, training, dev, f1=87.7, seconds=1.5)
+    assert json.loads((tmp_path / "results.json").read_text()) == dict(
+        exact_match=None, f1=87.7, exact_match_masked=None, f1_masked=None, max_abs_logit_difference=None,
+        parameters=count_parameters(model), density=pytest.approx((1488 - 48 - 48) / 1488), heads=[2, 3],
+        heads_authors_rule=[3, 2], ffn=[7, 7], latency_ms=None, speedup=None, flops_ratio=None, batch=None, length=None,
+        device="cpu", threads=torch.get_num_threads(), precision="fp32", seed=3, command=None, seconds=1.5,
+        data=dict(name="where", sha256=dict(train="5eed" if trained else None, dev="de5"),
+                  train_questions=5 if trained else None, dev_questions=2))
