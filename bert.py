@@ -289,11 +289,13 @@ def load_tokenizer(folder: str | Path) -> tokenizers.BertWordPieceTokenizer:
     path, config = Path(folder, "vocab.txt"), load_config(folder)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=config.do_lower_case)
-    missing = [t for t in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if tokenizer.token_to_id(t) is None]
-    if missing or tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(f"{path}: {tokenizer.get_vocab_size()} words for {config.vocab_size} embeddings, "
-                         f"{missing or 'none'} missing")
+    try:
+        tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=config.do_lower_case)
+    except Exception as error:  # of whatever kind: they come from Rust
+        raise ValueError(f"{path}: not a vocabulary of BERT's: {error}") from None
+    words = tokenizer.get_vocab()
+    if max(words.values()) >= config.vocab_size or not {"[PAD]", "[UNK]"} <= set(words):
+        raise ValueError(f"{path}: {len(words)} words for {config.vocab_size} embeddings, or no [PAD], [UNK]")
     return tokenizer
 
 

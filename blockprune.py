@@ -165,7 +165,7 @@ def masks(model: nn.Module) -> Iterator[BlockMask]:
     return (module for module in model.modules() if isinstance(module, BlockMask))
 
 
-def threshold_schedule(step: int, total: int, start: int, end: int,
+def threshold_schedule(step: int, total: int, start: float, end: float,
                        final: float = 0.1, initial: float = 0.0) -> float:
     """τ(t): `initial` to step `start`, a cubic rise, `final` for the last `end` of `total` steps.
 

@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -255,17 +254,18 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 # ---------------------------------------------------------------------------------- command line
 
 
-def run(folder: Path, out: Path, data: str, dev_questions: Optional[int], command: str) -> None:
+def run(folder: Path, out: Path, data: str, dev_questions: int | None, command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
     import train_squad as ts
-    weights, done = folder / "model.safetensors", out / "results.json"
-    if out.exists() and any(out.iterdir()) and read_json(out / "run.json").get("compacted") != str(folder):
-        raise ValueError(f"{out} is there, and does not hold {folder} compacted: use another --out")
+    weights, done, source = folder / "model.safetensors", out / "results.json", [str(folder), data, dev_questions]
+    if out.exists() and (out.is_file() or not (out / "run.json").is_file() and any(out.iterdir()) or (
+            out / "run.json").is_file() and read_json(out / "run.json").get("compacted") != source):
+        raise ValueError(f"{out} is there, and is not {folder} compacted and scored so: use another --out")
     if done.is_file() and done.stat().st_mtime > weights.stat().st_mtime:
         return print(f"{out}: finished before, its results.json is there")
     began, settings = time.monotonic(), read_json(folder / "run.json")["settings"]
-    config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"],
-                                    "dev_questions": dev_questions or settings["dev_questions"]}))
+    config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"], "dev_questions": dev_questions or
+                                    settings["dev_questions"], "device": None}))
     dev = ts.read_squad(config.data, "dev-v1.1.json", config.dev_questions, config.seed)
     features = ts.Features(dev, load_tokenizer(folder), config, training=False)
     masked = load_pruning(folder).eval().to(config.device)
@@ -274,7 +274,7 @@ def run(folder: Path, out: Path, data: str, dev_questions: Optional[int], comman
     worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),
                   lambda s, e, context: ts.best_spans(s, e, context, config.max_answer))
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "run.json", {**read_json(folder / "run.json"), "command": command, "compacted": str(folder)})
+    write_json(out / "run.json", {**read_json(folder / "run.json"), "command": command, "compacted": source})
     save_model(small, out, folder / "vocab.txt")
     if hasattr(masked.bert.layers[0].ffn.fc1, "parametrizations"):
         write_json(out / "masks.json", mask_rows(masked))
@@ -297,6 +297,8 @@ def compare(folders: list[Path], data: str, batch: int, length: int) -> None:
     if len(scored | ({ts.read_squad(data, "dev-v1.1.json").sha256} if data else set())) > 1:
         raise ValueError("the models were not scored on the same dev set")
     models = [load_model(folder) for folder in folders]
+    if length > (most := min(model.config.max_position_embeddings for model in models)):
+        raise ValueError(f"--length {length}: the models have {most} positions")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     times = [statistics.median(t) for t in benchmark(models, batch, length, device=device)]
     print(f"\n{'model':16} {'EM':>6} {'F1':>6} {'linear':>8} {'density':>8} {'total':>8} {'heads':>7} {'FLOPs':>7} "
@@ -307,9 +309,9 @@ def compare(folders: list[Path], data: str, batch: int, length: int) -> None:
         results.update(latency_ms=ms, speedup=times[0] / ms, batch=batch, length=length,
                        flops_ratio=flops(models[0].config, length) / flops(model.config, length))
         write_json(folder / "results.json", results)
-        p, heads = results["parameters"], results["heads"]
+        p, heads = results["parameters"], f"{sum(results['heads']):3}/{sum(models[0].config.heads)}"
         print(f"{folder.name:16} {results['exact_match']:6.2f} {results['f1']:6.2f} {p['linear'] / 1e6:7.2f}M "
-              f"{results['density']:8.3f} {p['total'] / 1e6:7.2f}M {sum(heads):3}/{models[0].config.num_attention_heads * len(heads)} "
+              f"{results['density']:8.3f} {p['total'] / 1e6:7.2f}M {heads:>7} "
               f"{results['flops_ratio']:6.2f}x {ms:7.1f} {results['speedup']:5.2f}x")
         table.append({"model": folder.name, **results})
     write_json(folders[0].parent / "summary.json", table)
@@ -317,7 +319,7 @@ def compare(folders: list[Path], data: str, batch: int, length: int) -> None:
           + ("The built-in made-up corpus, NOT SQuAD." if table[0]["data"]["name"] == "builtin" else ""))
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="the run folder to compact")
     parser.add_argument("--out", type=Path, help="the folder to write")

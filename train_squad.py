@@ -6,8 +6,8 @@
     python train_squad.py --data D --init R/hybrid-compact --teacher R/teacher --fill --out R/filled
     python train_squad.py --score PREDICTIONS.json DEV.json                              the official EM and F1
 
-After Lagunas et al. 2021 and its code, huggingface/nn_pruning at 0cef2b2, cited as [R:file]; windows and
-labels as in google-research/bert. With five minutes, read add_masks(), loss_terms() and train().
+After Lagunas et al. 2021 and its code, huggingface/nn_pruning at 0cef2b2, cited as [R:file].
+With five minutes, read add_masks(), loss_terms() and train().
 
     B batch   T tokens   S scores   τ threshold   λ weight of the penalty
 Comments: `# Paper:` is the authors' method, `# Note:` our remark, `# Differs:` a deviation.
@@ -16,9 +16,11 @@ import argparse
 import collections
 import dataclasses
 import hashlib
+import inspect
 import json
 import lzma
 import math
+import pickle
 import platform
 import random
 import re
@@ -30,7 +32,6 @@ import sys
 import time
 import typing
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import tokenizers
@@ -47,53 +48,53 @@ from compact import save_pruning, write_results
 @dataclasses.dataclass
 class Config:
     """Every setting: each field is a flag, its comment the help. None: set by the preset or the machine."""
-    data: str = "data/squad"        # folder with train-v1.1.json and dev-v1.1.json, plain or .xz; or builtin
-    init: str = "weights/minilm"    # model folder to start from
-    out: str = "runs/dense"         # run folder to write
-    teacher: str = ""               # fine-tuned model folder to distil from; none if empty
-    method: str = "dense"           # {dense,hybrid,block,struct,unstructured}: what is pruned; add_masks()
-    block: str = "32x32"            # r x c of query, key, value; transposed for out; in block of the FFN too
-    fill: bool = False              # refill a compacted model: noise for zeros, then fine-tuning
-    preset: Optional[str] = None    # {builtin,small,paper}: gives the values of the fields left None
-    questions: Optional[int] = None         # first n of a seeded shuffle of the training questions; None: all
-    dev_questions: Optional[int] = None     # the same of the dev questions; None: all
-    max_length: int = 384           # word pieces in a window                         [R:command_line.py]
-    stride: int = 128               # word pieces that neighbouring windows share     [R:command_line.py]
-    max_question: int = 64          # word pieces; longer questions are cut           [google-research/bert]
-    max_answer: int = 30            # word pieces                                     [R:command_line.py]
-    seed: int = 17                  # of everything random                            [R:command_line.py]
-    epochs: Optional[float] = None  # paper: 20 of pruning, 4 of filling
-    batch: int = 16                 # windows a step; paper: 16
-    lr: Optional[float] = None      # of the weights, at its peak; paper: 3e-5
-    score_lr: Optional[float] = None        # of the scores; its sum over a run bounds their fall; paper: 1e-2
-    warmup_steps: Optional[int] = None      # None: 5 %% of the run; paper: 5,400 of 110,660, and 10 of a fill
-    initial_warmup: float = 1       # τ stays 0 for so many warm-ups                  [R:command_line.py]
-    final_warmup: float = 10        # and stays final for so many at the end          [R:command_line.py]
-    threshold: float = 0.1          # final τ: a block is pruned at σ(S) ≤ τ          [R:command_line.py]
-    final_lambda: Optional[float] = None    # λ at the final τ: the higher, the less is kept; paper: 2.5 to 40
-    attention_lambda: float = 1     # times λ: attention's share                      [R:patch_coordinator.py]
-    dense_lambda: float = 1         # times λ: the FFN's share                        [R:patch_coordinator.py]
-    alpha_ce: float = 0.1           # weight of the cross entropy, if there is a teacher    [R:command_line.py]
-    alpha_kd: float = 0.9           # weight of the distillation                      [R:command_line.py]
-    temperature: float = 2          # T of the distillation                           [R:command_line.py]
-    attention_dropout: Optional[float] = None   # paper: 0.1; at 0 a CPU takes 2.4 times less for a step
-    weight_decay: float = 0         # of matrices                                     [R:command_line.py]
-    clip: float = 1                 # norm of all gradients together, those of scores too
-    precision: Optional[str] = None         # {bf16,fp32}; None: bf16 where the machine multiplies in it
-    device: Optional[str] = None    # {cpu,cuda}; None: cuda where there is one
-    log_every: int = 20             # steps
-    checkpoint_every: int = 300     # seconds
+    data: str = "data/squad"            # folder with train-v1.1.json and dev-v1.1.json, plain or .xz; or builtin
+    init: str = "weights/minilm"        # model folder to start from
+    out: str = "runs/dense"             # run folder to write
+    teacher: str = ""                   # fine-tuned model folder to distil from; none if empty
+    method: str = "dense"               # {dense,hybrid,block,struct,unstructured}: what is pruned; add_masks()
+    block: str = "32x32"                # r x c of query, key, value; transposed for out; in block of the FFN too
+    fill: bool = False                  # refill a compacted model: noise for zeros, then fine-tuning
+    preset: str | None = None           # {builtin,small,paper}: gives the values of the fields left None
+    questions: int | None = None        # first n of a seeded shuffle of the training questions; None: all
+    dev_questions: int | None = None    # the same of the dev questions; None: all
+    max_length: int = 384               # word pieces in a window  [R:command_line.py]
+    stride: int = 128                   # word pieces that neighbouring windows share  [R:command_line.py]
+    max_question: int = 64              # word pieces; longer questions are cut  [google-research/bert]
+    max_answer: int = 30                # word pieces  [R:command_line.py]
+    seed: int = 17                      # of everything random  [R:command_line.py]
+    epochs: float | None = None         # paper: 20 of pruning, 4 of filling
+    batch: int = 16                     # windows a step; paper: 16
+    lr: float | None = None             # of the weights, at its peak; paper: 3e-5
+    score_lr: float | None = None       # of the scores; its sum over a run bounds their fall; paper: 1e-2
+    warmup_steps: int | None = None     # None: 5 % of the run, 10 of a fill; paper: 5,400 of 110,660, 10
+    initial_warmup: float = 1           # τ stays 0 for so many warm-ups  [R:command_line.py]
+    final_warmup: float = 10            # and stays final for so many at the end  [R:command_line.py]
+    threshold: float = 0.1              # final τ: a block is pruned at σ(S) ≤ τ  [R:command_line.py]
+    final_lambda: float | None = None   # λ at the final τ: the higher, the less is kept; paper: 2.5 to 40
+    attention_lambda: float = 1         # times λ: attention's share  [R:patch_coordinator.py]
+    dense_lambda: float = 1             # times λ: the FFN's share  [R:patch_coordinator.py]
+    alpha_ce: float = 0.1               # weight of the cross entropy, if there is a teacher  [R:command_line.py]
+    alpha_kd: float = 0.9               # weight of the distillation  [R:command_line.py]
+    temperature: float = 2              # T of the distillation  [R:command_line.py]
+    attention_dropout: float | None = None     # paper: 0.1; at 0 a step on a CPU takes 2.4 times less
+    weight_decay: float = 0             # of matrices  [R:command_line.py]
+    clip: float = 1                     # norm of all gradients together, those of scores too
+    precision: str | None = None        # {bf16,fp32}; None: bf16 where the machine multiplies in it
+    device: str | None = None           # {cpu,cuda}; None: cuda where there is one
+    log_every: int = 20                 # steps
+    checkpoint_every: int = 300         # seconds
 
 
 # λ does not carry over between lengths or models: a score feels λ / (kinds · tensors · scores), and how far
 # it goes is a matter of Σ score_lr. Short runs on a small model need both higher than the paper's.
 PRESETS = {
-    ("builtin", "dense"): dict(epochs=4, lr=1e-4), ("builtin", "fill"): dict(epochs=1, lr=1e-4, warmup_steps=10),
-    ("builtin", "prune"): dict(epochs=3, lr=1e-4, score_lr=0.1, final_lambda=80),
-    ("small", "dense"): dict(epochs=3, lr=1e-4), ("small", "fill"): dict(epochs=2, lr=1e-4, warmup_steps=10),
-    ("small", "prune"): dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80),
-    ("paper", "dense"): dict(epochs=2, lr=3e-5), ("paper", "fill"): dict(epochs=4, lr=3e-5, warmup_steps=10),
-    ("paper", "prune"): dict(epochs=20, lr=3e-5, score_lr=0.01, final_lambda=20, warmup_steps=5400),
+    "builtin": dict(dense=dict(epochs=4, lr=1e-4), fill=dict(epochs=1, lr=1e-4),
+                    prune=dict(epochs=3, lr=1e-4, score_lr=0.1, final_lambda=80)),
+    "small": dict(dense=dict(epochs=3, lr=1e-4), fill=dict(epochs=2, lr=1e-4),
+                  prune=dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80)),
+    "paper": dict(dense=dict(epochs=2, lr=3e-5), fill=dict(epochs=4, lr=3e-5),
+                  prune=dict(epochs=20, lr=3e-5, score_lr=0.01, final_lambda=20, warmup_steps=5400)),
 }
 MAY_BE_ZERO = ("stride", "seed", "warmup_steps", "initial_warmup", "final_warmup", "final_lambda", "attention_lambda",
                "dense_lambda", "alpha_ce", "alpha_kd", "attention_dropout", "weight_decay", "checkpoint_every")
@@ -106,12 +107,15 @@ def settle(config: Config) -> Config:
     if c.data == "builtin":
         c.data = "data/builtin"
         write_builtin(c.data)
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is none here")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    c.precision = c.precision or best_precision(c.device)
+    units = torch.cpu.get_capabilities()    # Note: without such units bf16 is slower than fp32
+    bf16 = torch.cuda.is_bf16_supported() if c.device == "cuda" else units.get("amx_bf16") or units.get("avx512_bf16")
+    c.precision = c.precision or ("bf16" if bf16 else "fp32")
     c.preset = c.preset or ("builtin" if Path(c.data).name == "builtin" else "small")
     stage = "fill" if c.fill else "dense" if c.method == "dense" else "prune"
-    dropout = 0.1 if c.preset == "paper" else 0.0
-    for name, value in {"attention_dropout": dropout, **PRESETS[c.preset, stage]}.items():
+    for name, value in dict(PRESETS[c.preset][stage], attention_dropout=0.1 if c.preset == "paper" else 0.0).items():
         if getattr(c, name) is None:
             setattr(c, name, value)
     for name, value in vars(c).items():
@@ -127,13 +131,6 @@ def settle(config: Config) -> Config:
         if wrong:
             raise ValueError(message)
     return c
-
-
-def best_precision(device: str) -> str:
-    """bf16 where the machine has units for it (without them it is slower), else fp32."""
-    units = torch.cpu.get_capabilities()
-    bf16 = units.get("amx_bf16") or units.get("avx512_bf16") if device == "cpu" else torch.cuda.is_bf16_supported()
-    return "bf16" if bf16 else "fp32"
 
 
 # ---------------------------------------------------------------- metrics, as in the official scorer
@@ -175,7 +172,7 @@ class Squad:
         return {i: [text for text, _ in answers] for i, _, _, answers in self.questions}
 
 
-def read_squad(folder: str | Path, name: str, limit: Optional[int] = None, seed: int = 0) -> Squad:
+def read_squad(folder: str | Path, name: str, limit: int | None = None, seed: int = 0) -> Squad:
     """SQuAD's JSON from folder/name or folder/name.xz; with a limit, the first of a seeded shuffle.
 
     FileNotFoundError if it is not there; ValueError with the place where a key is missing or not of its type.
@@ -202,7 +199,8 @@ def read_squad(folder: str | Path, name: str, limit: Optional[int] = None, seed:
                 at = f"{where}.qas[{q}]"
                 answers = [(get(x, "text", str, f"{at}.answers"), get(x, "answer_start", int, f"{at}.answers"))
                            for x in get(qa, "answers", list, at)]
-                squad.questions.append((get(qa, "id", str, at), get(qa, "question", str, at), len(squad.passages), answers))
+                name, text = get(qa, "id", str, at), get(qa, "question", str, at)
+                squad.questions.append((name, text, len(squad.passages), answers))
                 if not answers:
                     raise ValueError(f"{path}: {at} has no answer: SQuAD 1.1 is expected")
             squad.passages.append(get(paragraph, "context", str, where))
@@ -254,38 +252,28 @@ def write_builtin(folder: str | Path) -> None:
 # --------------------------------------------------------------------------------------- features
 
 
-class Texts:
-    """Word pieces of many texts in flat arrays: ids, and the characters [begin, end) each stands for."""
-
-    def __init__(self, tokenizer, texts: list[str]):
-        ids, chars = [], []
-        for i in range(0, len(texts), 1000):    # encode_batch works on all cores
-            for e in tokenizer.encode_batch(texts[i:i + 1000], add_special_tokens=False):
-                ids.append(np.array(e.ids, np.int32))
-                chars.append(np.array(e.offsets, np.int32).reshape(-1, 2))
-        self.bounds = np.cumsum([0, *map(len, ids)])
-        self.ids, self.chars = np.concatenate(ids), np.concatenate(chars)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        where = slice(self.bounds[i], self.bounds[i + 1])
-        return self.ids[where], self.chars[where]
+def word_pieces(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each text: ids (n,), and the characters [begin, end) that each stands for (n, 2)."""
+    return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2))
+            for i in range(0, len(texts), 1000)     # encode_batch works on all cores
+            for e in tokenizer.encode_batch(texts[i:i + 1000], add_special_tokens=False)]
 
 
 class Features:
     """Windows [CLS] question [SEP] part of the passage [SEP], at most max_length word pieces each.
 
-    A passage that does not fit is seen through windows that share `stride` word pieces. rows is (N, 6):
-    question, its word pieces, first word piece of the passage in the window, how many, and the first and
-    last position of the answer; as in google-research/bert both are 0, [CLS], where it is not wholly inside.
+    A passage that does not fit is seen through windows that share `stride` word pieces, as in Hugging Face's
+    run_qa.py. rows is (N, 6): question, its word pieces, first word piece of the passage in the window, how
+    many, and the answer's first and last position: 0 and 0, [CLS], where it is not wholly inside.
     skipped: training questions without a usable answer, left out; cut: questions that were too long.
     """
 
     def __init__(self, squad: Squad, tokenizer, config: Config, training: bool):
         self.squad, self.skipped, self.cut, rows = squad, 0, 0, []
         self.cls, self.sep, self.pad = (tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]", "[PAD]"))
-        self.questions = Texts(tokenizer, [question for _, question, _, _ in squad.questions])
+        self.questions = word_pieces(tokenizer, [question for _, question, _, _ in squad.questions])
         used = {p for _, _, p, _ in squad.questions}
-        self.passages = Texts(tokenizer, [text if p in used else "" for p, text in enumerate(squad.passages)])
+        self.passages = word_pieces(tokenizer, [x if p in used else "" for p, x in enumerate(squad.passages)])
         for q, (_, _, p, answers) in enumerate(squad.questions):
             chars, asked = self.passages[p][1], len(self.questions[q][0])
             span = answer_span(squad.passages[p], chars, *answers[0]) if training else (-1, -1)
@@ -327,7 +315,7 @@ class Features:
         return self.squad.passages[p][chars[start + shift, 0]:chars[end + shift, 1]]
 
 
-def answer_span(passage: str, chars: np.ndarray, text: str, start: int) -> Optional[tuple[int, int]]:
+def answer_span(passage: str, chars: np.ndarray, text: str, start: int) -> tuple[int, int] | None:
     """The first and last word piece that touch the answer; None if the answer is not at its offset."""
     first = int(np.searchsorted(chars[:, 1], start, side="right"))
     last = int(np.searchsorted(chars[:, 0], start + len(text), side="left")) - 1
@@ -459,40 +447,40 @@ def loss_terms(student, teacher, batch: dict, T: float) -> tuple[torch.Tensor, t
 # ---------------------------------------------------------------------------------------- training
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved itself."""
-
-
 def rate(step: int, total: int, warmup: int) -> float:
-    """The factor of all learning rates: up in a line over the warm-up, then down in a line to 0."""
+    """The factor of all learning rates: up in a line over the warm-up, then down in a line to 0.
+
+    # Differs: the first step has 1/warmup, in the reference 0.
+    """
     return (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
-
-
-def length(config: Config, windows: int) -> tuple[int, int]:
-    """The steps of a run, and how many of them the learning rates warm up for."""
-    total = max(2, round(config.epochs * math.ceil(windows / config.batch)))
-    return total, min(total - 1, round(0.05 * total) if config.warmup_steps is None else config.warmup_steps)
 
 
 def threshold_at(step: int, config: Config, total: int, warmup: int) -> float:
     """τ of a step. Paper: its flat parts are multiples of the learning rates' warm-up."""
-    return blockprune.threshold_schedule(step, total, round(config.initial_warmup * warmup),
-                                         round(config.final_warmup * warmup), config.threshold)
+    return blockprune.threshold_schedule(step, total, config.initial_warmup * warmup, config.final_warmup * warmup,
+                                         config.threshold)
 
 
-def check_reach(config: Config, total: int, warmup: int) -> None:
-    """ValueError if no score can fall far enough: Adam moves one by about its learning rate a step."""
-    reach = config.score_lr * sum(rate(step, total, warmup) for step in range(total))
-    if reach < 3:
+def plan(config: Config, windows: int) -> tuple[int, int]:
+    """The steps of a run and of its warm-up; ValueError for a fine-pruning in which nothing could be pruned."""
+    total = max(2, round(config.epochs * math.ceil(windows / config.batch)))
+    usual = 10 if config.fill else round(0.05 * total)
+    warmup = min(total - 1, usual if config.warmup_steps is None else config.warmup_steps)
+    if config.method != "dense":
+        threshold_at(0, config, total, warmup)      # refuses a schedule without a rise
+        # Note: Adam moves a score by about its learning rate a step, so their sum bounds how far it can fall.
+        reach = config.score_lr * sum(rate(step, total, warmup) for step in range(total))
         goes = math.log(config.threshold / (1 - config.threshold))
-        raise ValueError(f"nothing could be pruned: in {total} steps scores fall to about -{reach:.2f}, and a block goes "
-                         f"at {goes:.2f}. Let them reach -3: more --epochs, or a higher --score-lr")
+        if reach < 0.8 - goes:
+            raise ValueError(f"nothing could be pruned: in {total} steps scores fall to about -{reach:.2f}, and a block "
+                             f"goes at {goes:.2f}; reach {goes - 0.8:.2f} by more --epochs or a higher --score-lr")
+    return total, warmup
 
 
-def train(model: BertForQuestionAnswering, teacher, features: Features, config: Config) -> None:
-    """Ordinary fine-tuning, and between the two rules what pruning adds to it."""
+def train(model: BertForQuestionAnswering, teacher, features: Features, config: Config) -> float:
+    """Ordinary fine-tuning, and between the two rules what pruning adds to it. Returns its seconds."""
     out, device, pruning = Path(config.out), config.device, config.method != "dense"
-    total, warmup = length(config, len(features))
+    total, warmup = plan(config, len(features))
     for layer in model.bert.layers:
         layer.attention.dropout = config.attention_dropout
     model.to(device)
@@ -510,6 +498,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
                 batches = training_batches(features.lengths, config.batch, config.seed, epoch)
             batch = features.batch(batches[step % per_epoch], device)
             inputs = batch["ids"], batch["types"], batch["real"]
+            penalty, tau, lam = torch.zeros(()), 0.0, 0.0
             if pruning:
                 tau = threshold_at(step, config, total, warmup)
                 blockprune.set_threshold(model, tau)
@@ -521,7 +510,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             loss = config.alpha_ce * ce + config.alpha_kd * kd if teacher else ce  # Paper: alone, ce counts whole
             # ------------------------------------------------------------------ what pruning adds
             if pruning:
-                penalty = blockprune.penalty(model, {"attention": config.attention_lambda, "dense": config.dense_lambda})
+                penalty = blockprune.penalty(model, dict(attention=config.attention_lambda, dense=config.dense_lambda))
                 lam = config.final_lambda * tau / config.threshold      # Paper: λ follows τ
                 loss = loss + lam * penalty
             # -------------------------------------------------------------------------------------
@@ -529,33 +518,32 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             if not math.isfinite(loss.item() + norm.item()):
-                raise ValueError(f"{out}: stopped at step {step}: loss {loss.item():.3g}, norm of the gradient {norm:.3g}. "
-                                 "The checkpoint is of an earlier step. Try a lower --lr, or --precision fp32")
+                raise ValueError(f"{out}: stopped at step {step}: loss {loss.item():.3g}, gradient norm {norm:.3g}. A "
+                                 "checkpoint, if there is one, is of an earlier step. Try a lower --lr, or --precision fp32")
             optimizer.step()
             schedule.step()
             step += 1
-            now, line = time.monotonic(), dict(step=step, loss=loss.item(), ce=ce.item(), kd=kd.item())
+            now, lr = time.monotonic(), config.lr * rate(step - 1, total, warmup)
             if step % config.log_every == 0 or step == total:
-                if pruning:
-                    line.update(penalty=penalty.item(), threshold=tau, density=blockprune.density(model))
-                    line["lambda"] = lam
-                speed = (step - first) / (now - began)
-                line.update(lr=schedule.get_last_lr()[0], examples_per_second=speed * config.batch)
+                speed, density = (step - first) / (now - began), blockprune.density(model)
+                line = dict(step=step, loss=loss.item(), ce=ce.item(), kd=kd.item(), penalty=penalty.item(),
+                            threshold=tau, density=density, lr=lr, examples_per_second=speed * config.batch)
                 with open(out / "log.jsonl", "a") as log:
-                    print(json.dumps(line), file=log)
-                print(f"{out.name} {step}/{total}  loss {line['loss']:.3f}  ce {line['ce']:.3f}"
-                      + (f"  τ {tau:.3f}  density {line['density']['all']:.3f}" if pruning else "")
-                      + f"  {speed * config.batch:.1f} examples/s, {(total - step) / speed / 60:.1f} min left", flush=True)
+                    print(json.dumps(line | {"lambda": lam}), file=log)
+                print(f"{out.name} {step}/{total}  loss {loss.item():.3f}  ce {ce.item():.3f}"
+                      + (f"  τ {tau:.3f}  density {density['all']:.3f}" if pruning else "") + f"  {speed * config.batch:.1f} "
+                      f"examples/s, {(total - step) / speed / 60:.1f} min left", flush=True)
             if stop or step == total or now - saved > config.checkpoint_every:
                 save_checkpoint(out / "checkpoint.pt", model, optimizer, step, spent + now - began)
                 saved = now
             if stop and step < total:
-                raise Stopped(f"{out}: stopped at step {step} of {total} and saved; the same command goes on from there")
+                raise KeyboardInterrupt(f"{out}: stopped at step {step} of {total}, saved; the same command goes on")
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
     if pruning:
         blockprune.set_threshold(model, config.threshold)   # Paper: evaluation is at the final τ
+    return spent + time.monotonic() - began
 
 
 def save_checkpoint(path: Path, model, optimizer, step: int, seconds: float) -> None:
@@ -571,17 +559,17 @@ def restore(path: Path, model, optimizer) -> tuple[int, float]:
     if not path.exists():
         log.unlink(missing_ok=True)
         return 0, 0.0
-    state = torch.load(path, map_location="cpu", weights_only=True)
     try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: the checkpoint of another model: {' '.join(str(error).split()[:20])}") from None
+    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged, or of another model: {' '.join(str(error).split()[:20])}") from None
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+    log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]))
     print(f"{path.parent}: going on from step {state['step']}")
     return state["step"], state["seconds"]
 
@@ -594,10 +582,12 @@ def claim(config: Config, command: str) -> bool:
     out, settings = Path(config.out), {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
     if (out / "run.json").is_file():
         old = read_json(out / "run.json")["settings"]
-        if differ := [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in settings.items() if old.get(k) != v]:
+        differ = [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in settings.items() if old.get(k) != v]
+        if differ and ((out / "checkpoint.pt").exists() or (out / "results.json").exists()):
             raise ValueError(f"{out} holds a run of other settings: {', '.join(differ)}. Use another --out")
-        return (out / "results.json").is_file()
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if not differ:
+            return (out / "results.json").is_file()
+    elif out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} is there, and no run of ours: use another --out")
     out.mkdir(parents=True, exist_ok=True)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -614,7 +604,7 @@ def claim(config: Config, command: str) -> bool:
 
 def run(config: Config, command: str) -> None:
     """One run, from settings to results.json: train, save, read back what was saved, score that."""
-    config, began = settle(config), time.monotonic()
+    config = settle(config)
     training = read_squad(config.data, "train-v1.1.json", config.questions, config.seed)
     dev = read_squad(config.data, "dev-v1.1.json", config.dev_questions, config.seed)
     tokenizer, vocab = load_tokenizer(config.init), Path(config.init, "vocab.txt")
@@ -624,21 +614,19 @@ def run(config: Config, command: str) -> None:
     if teacher and Path(config.teacher, "vocab.txt").read_bytes() != vocab.read_bytes():
         raise ValueError(f"{config.teacher} and {config.init} have different vocabularies")
     if config.max_length > model.config.max_position_embeddings:
-        raise ValueError(f"--max-length {config.max_length}: the model has {model.config.max_position_embeddings} positions")
+        raise ValueError(f"--max-length {config.max_length} is over the model's {model.config.max_position_embeddings}")
     features = Features(training, tokenizer, config, training=True)
     if config.fill:
         refill(model)
     if config.method != "dense":
-        total, warmup = length(config, len(features))
-        threshold_at(0, config, total, warmup)      # refuses a schedule without a rise
-        check_reach(config, total, warmup)
+        plan(config, len(features))     # before the folder is claimed: it may refuse
         add_masks(model, config.method, config.block)
     if claim(config, command):
         return print(f"{config.out}: finished before, its results.json is there")
     name = "the built-in made-up corpus, NOT SQuAD," if config.preset == "builtin" else config.data
     print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, {config.device}, "
           f"{config.precision}; {features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
-    train(model, teacher, features, config)
+    seconds = train(model, teacher, features, config)
     if config.method == "dense":
         save_model(model, config.out, vocab)
     else:
@@ -647,39 +635,41 @@ def run(config: Config, command: str) -> None:
     predictions = predict(load_model(config.out), Features(dev, tokenizer, config, training=False), config)
     write_json(Path(config.out, "predictions.json"), predictions)
     scores = score(predictions, dev.truths())
-    write_results(config.out, load_model(config.out), config, training, dev, command=command, **scores,
-                  seconds=time.monotonic() - began)
-    print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f} on {len(dev.questions)} questions of {name}")
+    write_results(config.out, load_model(config.out), config, training, dev, command=command, **scores, seconds=seconds)
+    print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}, {len(dev.questions)} questions of {name}")
 
 
-def parse(argv: Optional[list[str]]) -> dict:
+def parse(argv: list[str] | None) -> dict:
     """One flag for each field of Config, with its comment as the help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    comments = dict(re.findall(r"^    (\w+): .*?#(.*)", Path(__file__).read_text(), re.M))
+    comments = dict(re.findall(r"^    (\w+): .*?#(.*)", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         kind = (typing.get_args(field.type) or (field.type,))[0]
         how = dict(action="store_true") if kind is bool else dict(type=kind, default=field.default)
         if choices := re.match(r" \{(.*?)\}", comments[field.name]):
             how["choices"] = choices[1].split(",")
-        parser.add_argument("--" + field.name.replace("_", "-"), help=" ".join(comments[field.name].split()), **how)
+        parser.add_argument("--" + field.name.replace("_", "-"), **how,
+                            help=" ".join(comments[field.name].replace("%", "%%").split()))
     parser.add_argument("--score", nargs=2, metavar=("PREDICTIONS", "DEV"), help="print EM and F1 of a file")
     return vars(parser.parse_args(argv))
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         if files := arguments.pop("score"):
             dev = Path(files[1].removesuffix(".xz"))
-            print(json.dumps(score(read_json(files[0]), read_squad(dev.parent, dev.name).truths())))
+            predictions = {i: str(text) for i, text in read_json(files[0]).items()}
+            print(json.dumps(score(predictions, read_squad(dev.parent, dev.name).truths())))
         else:
-            run(Config(**arguments), shlex.join(["python", "train_squad.py", *(sys.argv[1:] if argv is None else argv)]))
+            command = ["python", "train_squad.py", *(sys.argv[1:] if argv is None else argv)]
+            run(Config(**arguments), shlex.join(command))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (Stopped, KeyboardInterrupt) as error:
-        print(error.args[0] if error.args else "interrupted; the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(*(stop.args or ["interrupted; the same command goes on"]), file=sys.stderr)
         return 130
     return 0
 
