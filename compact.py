@@ -28,7 +28,6 @@ from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors,
 
 # ------------------------------------------------------------------------------------- compaction
 
-
 @torch.no_grad()
 def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
     """A smaller model with the same function: in eval mode, for rows with at least one real token.
@@ -42,6 +41,7 @@ def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
         column j of fc2 all 0                                    adds nothing
         row j of fc1 all 0: its activation is act(b₁[j])         adds act(b₁[j]) · fc2[:, j]
 
+    # Differs: the reference drops the constants, and keeps one head and one dimension in every layer.
     # Differs: the reference removes a head as soon as one of Q, K and V is empty. With Q or K empty
     # attention no longer looks at the tokens, but the head still adds a mean of V: here it stays.
     """
@@ -95,7 +95,6 @@ def heads_authors_rule(model: BertForQuestionAnswering) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------- counts
-
 
 @torch.no_grad()
 def count_parameters(model: BertForQuestionAnswering) -> dict[str, int]:
@@ -152,7 +151,6 @@ def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: i
 
 # --------------------------------------------------------------------------------------- pictures
 
-
 def draw(config: BertConfig) -> str:
     """Heads and FFN width left in each layer, as text."""
     lines = []
@@ -174,7 +172,6 @@ def mask_rows(model: BertForQuestionAnswering) -> dict[str, dict[str, list[str]]
 
 
 # -------------------------------------------------------------------------------- on disk, and the check
-
 
 def save_pruning(model: BertForQuestionAnswering, folder: str | Path, vocab: str | Path, **pruning) -> None:
     """The model with its masks folded in and, in pruning.safetensors, W, b and each distinct score once.
@@ -213,7 +210,8 @@ def write_results(folder: str | Path, model: BertForQuestionAnswering, config, t
     """results.json of a run folder: what can be counted on the model, `values`, and null for the rest.
 
     config, training, dev: the Config and the two Squads of train_squad.py (training may be None). heads and
-    ffn are those that compaction leaves; density is non-zero / dense linear weights.
+    ffn are those that compaction leaves; density is non-zero / dense linear weights; precision is that of
+    training and scoring, latency_ms is in fp32.
     """
     counts, small = count_parameters(model), compact(model).config
     data = dict(name=Path(config.data).name, sha256={"train": training and training.sha256, "dev": dev.sha256},
@@ -253,7 +251,6 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 
 # ---------------------------------------------------------------------------------- command line
 
-
 def run(folder: Path, out: Path, data: str, dev_questions: int | None, command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
     import train_squad as ts
@@ -263,9 +260,9 @@ def run(folder: Path, out: Path, data: str, dev_questions: int | None, command: 
         raise ValueError(f"{out} is there, and is not {folder} compacted and scored so: use another --out")
     if done.is_file() and done.stat().st_mtime > weights.stat().st_mtime:
         return print(f"{out}: finished before, its results.json is there")
-    began, settings = time.monotonic(), read_json(folder / "run.json")["settings"]
-    config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"], "dev_questions": dev_questions or
-                                    settings["dev_questions"], "device": None}))
+    began, settings = time.monotonic(), read_json(folder / "run.json", "settings")["settings"]
+    config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"], "device": None, "dev_questions":
+                                    settings["dev_questions"] if dev_questions is None else dev_questions}))
     dev = ts.read_squad(config.data, "dev-v1.1.json", config.dev_questions, config.seed)
     features = ts.Features(dev, load_tokenizer(folder), config, training=False)
     masked = load_pruning(folder).eval().to(config.device)
@@ -293,12 +290,13 @@ def compare(folders: list[Path], data: str, batch: int, length: int) -> None:
     ValueError if they were not all scored on the same dev set, that of the folder `data` if it is given.
     """
     import train_squad as ts
-    scored = {read_json(folder / "results.json")["data"]["sha256"]["dev"] for folder in folders}
-    if len(scored | ({ts.read_squad(data, "dev-v1.1.json").sha256} if data else set())) > 1:
-        raise ValueError("the models were not scored on the same dev set")
+    data_of = [read_json(folder / "results.json", "data", "parameters", "f1")["data"] for folder in folders]
+    scored = {(d["sha256"]["dev"], d["dev_questions"]) for d in data_of}
+    if len(scored) > 1 or data and {sha for sha, _ in scored} != {ts.read_squad(data, "dev-v1.1.json").sha256}:
+        raise ValueError("the models were not scored on the same dev questions")
     models = [load_model(folder) for folder in folders]
-    if length > (most := min(model.config.max_position_embeddings for model in models)):
-        raise ValueError(f"--length {length}: the models have {most} positions")
+    if min(batch, length) < 1 or length > (most := min(model.config.max_position_embeddings for model in models)):
+        raise ValueError(f"--batch {batch}, --length {length}: over 0, and within the models' {most} positions")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     times = [statistics.median(t) for t in benchmark(models, batch, length, device=device)]
     print(f"\n{'model':16} {'EM':>6} {'F1':>6} {'linear':>8} {'density':>8} {'total':>8} {'heads':>7} {'FLOPs':>7} "
@@ -310,7 +308,7 @@ def compare(folders: list[Path], data: str, batch: int, length: int) -> None:
                        flops_ratio=flops(models[0].config, length) / flops(model.config, length))
         write_json(folder / "results.json", results)
         p, heads = results["parameters"], f"{sum(results['heads']):3}/{sum(models[0].config.heads)}"
-        print(f"{folder.name:16} {results['exact_match']:6.2f} {results['f1']:6.2f} {p['linear'] / 1e6:7.2f}M "
+        print(f"{folder.name:16} {results['exact_match']:6.2f} {results['f1']:6.2f} {p['linear_nonzero'] / 1e6:7.2f}M "
               f"{results['density']:8.3f} {p['total'] / 1e6:7.2f}M {heads:>7} "
               f"{results['flops_ratio']:6.2f}x {ms:7.1f} {results['speedup']:5.2f}x")
         table.append({"model": folder.name, **results})

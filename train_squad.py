@@ -20,7 +20,6 @@ import inspect
 import json
 import lzma
 import math
-import pickle
 import platform
 import random
 import re
@@ -44,7 +43,6 @@ from compact import save_pruning, write_results
 
 # ---------------------------------------------------------------------------------------- settings
 
-
 @dataclasses.dataclass
 class Config:
     """Every setting: each field is a flag, its comment the help. None: set by the preset or the machine."""
@@ -53,15 +51,15 @@ class Config:
     out: str = "runs/dense"             # run folder to write
     teacher: str = ""                   # fine-tuned model folder to distil from; none if empty
     method: str = "dense"               # {dense,hybrid,block,struct,unstructured}: what is pruned; add_masks()
-    block: str = "32x32"                # r x c of query, key, value; transposed for out; in block of the FFN too
+    block: str = "32x32"                # r x c of query, key, value, transposed for out; with block also of fc1, fc2
     fill: bool = False                  # refill a compacted model: noise for zeros, then fine-tuning
     preset: str | None = None           # {builtin,small,paper}: gives the values of the fields left None
     questions: int | None = None        # first n of a seeded shuffle of the training questions; None: all
     dev_questions: int | None = None    # the same of the dev questions; None: all
     max_length: int = 384               # word pieces in a window  [R:command_line.py]
     stride: int = 128                   # word pieces that neighbouring windows share  [R:command_line.py]
-    max_question: int = 64              # word pieces; longer questions are cut  [google-research/bert]
-    max_answer: int = 30                # word pieces  [R:command_line.py]
+    max_question: int = 64              # word pieces. Differs: longer questions are cut
+    max_answer: int = 30                # word pieces  [R:qa_xp.py]
     seed: int = 17                      # of everything random  [R:command_line.py]
     epochs: float | None = None         # paper: 20 of pruning, 4 of filling
     batch: int = 16                     # windows a step; paper: 16
@@ -72,13 +70,13 @@ class Config:
     final_warmup: float = 10            # and stays final for so many at the end  [R:command_line.py]
     threshold: float = 0.1              # final τ: a block is pruned at σ(S) ≤ τ  [R:command_line.py]
     final_lambda: float | None = None   # λ at the final τ: the higher, the less is kept; paper: 2.5 to 40
-    attention_lambda: float = 1         # times λ: attention's share  [R:patch_coordinator.py]
-    dense_lambda: float = 1             # times λ: the FFN's share  [R:patch_coordinator.py]
+    attention_lambda: float | None = None   # times λ, for attention; 1, or 0.05 for struct, whose scores are few
+    dense_lambda: float | None = None   # times λ, for the FFN; 1; paper: 0.25 for the headline model
     alpha_ce: float = 0.1               # weight of the cross entropy, if there is a teacher  [R:command_line.py]
     alpha_kd: float = 0.9               # weight of the distillation  [R:command_line.py]
-    temperature: float = 2              # T of the distillation  [R:command_line.py]
-    attention_dropout: float | None = None     # paper: 0.1; at 0 a step on a CPU takes 2.4 times less
-    weight_decay: float = 0             # of matrices  [R:command_line.py]
+    temperature: float = 2              # T of the distillation  [R:patch_coordinator.py]
+    attention_dropout: float | None = None     # paper: 0.1. Differs: 0, for speed on a CPU
+    weight_decay: float = 0             # of matrices; paper: 0
     clip: float = 1                     # norm of all gradients together, those of scores too
     precision: str | None = None        # {bf16,fp32}; None: bf16 where the machine multiplies in it
     device: str | None = None           # {cpu,cuda}; None: cuda where there is one
@@ -89,12 +87,12 @@ class Config:
 # λ does not carry over between lengths or models: a score feels λ / (kinds · tensors · scores), and how far
 # it goes is a matter of Σ score_lr. Short runs on a small model need both higher than the paper's.
 PRESETS = {
-    "builtin": dict(dense=dict(epochs=4, lr=1e-4), fill=dict(epochs=1, lr=1e-4),
-                    prune=dict(epochs=3, lr=1e-4, score_lr=0.1, final_lambda=80)),
+    "builtin": dict(dense=dict(epochs=2, lr=2e-4), fill=dict(epochs=1, lr=2e-4),
+                    prune=dict(epochs=3, lr=2e-4, score_lr=0.1, final_lambda=80)),
     "small": dict(dense=dict(epochs=3, lr=1e-4), fill=dict(epochs=2, lr=1e-4),
                   prune=dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80)),
     "paper": dict(dense=dict(epochs=2, lr=3e-5), fill=dict(epochs=4, lr=3e-5),
-                  prune=dict(epochs=20, lr=3e-5, score_lr=0.01, final_lambda=20, warmup_steps=5400)),
+                  prune=dict(epochs=20, lr=3e-5, score_lr=0.01, final_lambda=20, dense_lambda=0.25, warmup_steps=5400)),
 }
 MAY_BE_ZERO = ("stride", "seed", "warmup_steps", "initial_warmup", "final_warmup", "final_lambda", "attention_lambda",
                "dense_lambda", "alpha_ce", "alpha_kd", "attention_dropout", "weight_decay", "checkpoint_every")
@@ -115,7 +113,9 @@ def settle(config: Config) -> Config:
     c.precision = c.precision or ("bf16" if bf16 else "fp32")
     c.preset = c.preset or ("builtin" if Path(c.data).name == "builtin" else "small")
     stage = "fill" if c.fill else "dense" if c.method == "dense" else "prune"
-    for name, value in dict(PRESETS[c.preset][stage], attention_dropout=0.1 if c.preset == "paper" else 0.0).items():
+    usual = dict(attention_lambda=0.05 if c.method == "struct" else 1.0, dense_lambda=1.0,
+                 attention_dropout=0.1 if c.preset == "paper" else 0.0)
+    for name, value in (usual | PRESETS[c.preset][stage]).items():
         if getattr(c, name) is None:
             setattr(c, name, value)
     for name, value in vars(c).items():
@@ -125,6 +125,7 @@ def settle(config: Config) -> Config:
     for wrong, message in (
             (c.fill and c.method != "dense", "--fill trains without masks: leave --method out"),
             (not re.fullmatch(r"[1-9]\d*x[1-9]\d*", c.block), f"--block {c.block}: as in 32x32, two numbers over 0"),
+            (c.attention_dropout >= 1, f"--attention-dropout {c.attention_dropout}: it must be under 1"),
             (c.threshold >= 0.5, f"--threshold {c.threshold}: it must be under 0.5, where scores start"),
             (c.max_length - 3 - c.max_question <= c.stride, f"--max-length {c.max_length}: too short for --stride "
              f"{c.stride} beside a question of --max-question {c.max_question}")):
@@ -134,7 +135,6 @@ def settle(config: Config) -> Config:
 
 
 # ---------------------------------------------------------------- metrics, as in the official scorer
-
 
 def normalize_answer(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces."""
@@ -161,7 +161,6 @@ def score(predictions: dict[str, str], truths: dict[str, list[str]]) -> dict[str
 
 # ------------------------------------------------------------------------------------ SQuAD on disk
 
-
 @dataclasses.dataclass
 class Squad:
     passages: list[str]
@@ -183,13 +182,14 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None, seed: in
         tree = json.loads(raw)
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder}: neither {name} nor {name}.xz is there") from None
-    except (ValueError, lzma.LZMAError, EOFError) as error:
+    except (ValueError, lzma.LZMAError, EOFError, RecursionError) as error:
         raise ValueError(f"{path}: cut off, or not JSON: {error}") from None
     squad = Squad([], [], hashlib.sha256(raw).hexdigest())
 
     def get(node, key, kind, where):
         if not isinstance(node, dict) or type(node.get(key)) is not kind:
             raise ValueError(f"{path}: not SQuAD: {where} has no {key!r} that is a {kind.__name__}")
+        _ = kind is str and node[key].encode()  # ValueError: half a surrogate pair
         return node[key]
 
     for a, article in enumerate(get(tree, "data", list, "the file")):
@@ -250,7 +250,6 @@ def write_builtin(folder: str | Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- features
-
 
 def word_pieces(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each text: ids (n,), and the characters [begin, end) that each stands for (n, 2)."""
@@ -323,7 +322,10 @@ def answer_span(passage: str, chars: np.ndarray, text: str, start: int) -> tuple
 
 
 def training_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """All windows in random batches of like lengths: sorted within random pools of 50 batches."""
+    """All windows in random batches of like lengths: sorted within random pools of 50 batches.
+
+    # Differs: the reference pads every window to 384, whatever is beside it.
+    """
     rng, pool = np.random.default_rng((seed, epoch)), 50 * size
     order = rng.permutation(len(lengths))
     order = np.concatenate([part[np.argsort(lengths[part], kind="stable")]
@@ -343,7 +345,6 @@ def evaluation_batches(lengths: np.ndarray, tokens: int = 16384) -> list[np.ndar
 
 
 # -------------------------------------------------------------------------------------- prediction
-
 
 def best_spans(start: torch.Tensor, end: torch.Tensor, context: torch.Tensor, longest: int):
     """The best answer in each window: argmax of start[i] + end[j], i ≤ j < i + longest, both in the passage.
@@ -381,7 +382,6 @@ def predict(model: BertForQuestionAnswering, features: Features, config: Config)
 
 # ----------------------------------------------------------------------------- the paper's methods
 
-
 def add_masks(model: BertForQuestionAnswering, method: str, block: str) -> None:
     """Put the masks of one of the paper's methods on a BERT; embeddings, norms and QA head have none.
 
@@ -403,6 +403,8 @@ def add_masks(model: BertForQuestionAnswering, method: str, block: str) -> None:
         blockprune.mask_weight(a.out, (c, r), scores=heads, kind="attention")   # Paper: transposed, along heads
         if method in ("hybrid", "struct"):
             blockprune.mask_dimensions(ffn.fc1, ffn.fc2)
+        elif method not in ("block", "unstructured"):
+            raise ValueError(f"no method {method!r}")
         else:
             blockprune.mask_weight(ffn.fc1, (r, c))
             blockprune.mask_weight(ffn.fc2, (r, c))
@@ -424,28 +426,24 @@ def refill(model: BertForQuestionAnswering) -> None:
 PADDING = torch.finfo(torch.float32).min    # a logit that is −∞ to a softmax, without its NaNs
 
 
-def distillation(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor, T: float) -> torch.Tensor:
-    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)): a sum over positions, a mean over the batch."""
-    s, t = ((x.float() / T).masked_fill(~real, PADDING).log_softmax(-1) for x in (student, teacher))
-    return T ** 2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
-
-
 def loss_terms(student, teacher, batch: dict, T: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy and distillation, each the mean of the start's and the end's.
+    """Cross entropy, and distillation T² · KL(softmax(teacher / T) ‖ softmax(student / T)).
 
-    student, teacher: (start, end) logits, each (B, T); teacher may be None.
+    Each is a mean over the batch and over start and end; the KL is a sum over positions. student, teacher:
+    (start, end) logits, each (B, T); without a teacher (None) the distillation is 0.
     # Differs: over real tokens, so that the loss of a row does not depend on its batch-mates. In the
     # reference padding takes part in both softmaxes.
     """
-    real = batch["real"]
-    ce = sum(F.cross_entropy(logits.float().masked_fill(~real, PADDING), batch[name])
-             for logits, name in zip(student, ("start", "end"))) / 2
-    kd = sum(distillation(s, t, real, T) for s, t in zip(student, teacher)) / 2 if teacher else torch.zeros(())
-    return ce, kd
+    def log_p(logits, T=1.0):
+        return (logits.float() / T).masked_fill(~batch["real"], PADDING).log_softmax(-1)
+
+    ce = sum(F.nll_loss(log_p(s), batch[name]) for s, name in zip(student, ("start", "end"))) / 2
+    kd = sum(F.kl_div(log_p(s, T), log_p(t, T), reduction="batchmean", log_target=True)
+             for s, t in zip(student, teacher or ())) * T ** 2 / 2
+    return ce, torch.as_tensor(kd)
 
 
 # ---------------------------------------------------------------------------------------- training
-
 
 def rate(step: int, total: int, warmup: int) -> float:
     """The factor of all learning rates: up in a line over the warm-up, then down in a line to 0.
@@ -478,7 +476,7 @@ def plan(config: Config, windows: int) -> tuple[int, int]:
 
 
 def train(model: BertForQuestionAnswering, teacher, features: Features, config: Config) -> float:
-    """Ordinary fine-tuning, and between the two rules what pruning adds to it. Returns its seconds."""
+    """Ordinary fine-tuning; what stands under each `if pruning:` is what pruning adds. Returns its seconds."""
     out, device, pruning = Path(config.out), config.device, config.method != "dense"
     total, warmup = plan(config, len(features))
     for layer in model.bert.layers:
@@ -488,8 +486,8 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
                                   fused=True)
     step, spent = restore(out / "checkpoint.pt", model, optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, warmup), last_epoch=step - 1)
-    per_epoch, first, began, saved, epoch, stop = (math.ceil(len(features) / config.batch), step, time.monotonic(),
-                                                   time.monotonic(), -1, [])
+    per_epoch, first, epoch, stop = math.ceil(len(features) / config.batch), step, -1, []
+    began = saved = time.monotonic()
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while step < total:
@@ -508,12 +506,10 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
                     target = teacher and teacher(*inputs)
             ce, kd = loss_terms(student, target, batch, config.temperature)
             loss = config.alpha_ce * ce + config.alpha_kd * kd if teacher else ce  # Paper: alone, ce counts whole
-            # ------------------------------------------------------------------ what pruning adds
             if pruning:
                 penalty = blockprune.penalty(model, dict(attention=config.attention_lambda, dense=config.dense_lambda))
                 lam = config.final_lambda * tau / config.threshold      # Paper: λ follows τ
                 loss = loss + lam * penalty
-            # -------------------------------------------------------------------------------------
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -563,9 +559,9 @@ def restore(path: Path, model, optimizer) -> tuple[int, float]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        torch.set_rng_state(state["rng"])
+    except Exception as error:  # of whatever kind: pickle, zip and struct have their own
         raise ValueError(f"{path}: damaged, or of another model: {' '.join(str(error).split()[:20])}") from None
-    torch.set_rng_state(state["rng"])
     if state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
@@ -576,12 +572,11 @@ def restore(path: Path, model, optimizer) -> tuple[int, float]:
 
 # ------------------------------------------------------------------------------------- run folders
 
-
 def claim(config: Config, command: str) -> bool:
     """Make the run folder ours; True if its run is finished. ValueError if it holds another run."""
     out, settings = Path(config.out), {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
-    if (out / "run.json").is_file():
-        old = read_json(out / "run.json")["settings"]
+    found = read_json(out / "run.json") if (out / "run.json").is_file() else {}
+    if type(old := found.get("settings")) is dict and "compacted" not in found:
         differ = [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in settings.items() if old.get(k) != v]
         if differ and ((out / "checkpoint.pt").exists() or (out / "results.json").exists()):
             raise ValueError(f"{out} holds a run of other settings: {', '.join(differ)}. Use another --out")
@@ -590,17 +585,16 @@ def claim(config: Config, command: str) -> bool:
     elif out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} is there, and no run of ours: use another --out")
     out.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True)
     write_json(out / "run.json", dict(
         settings=settings, command=command, commit=git.stdout.strip() or None, threads=torch.get_num_threads(),
-        processor=cpu if config.device == "cpu" else torch.cuda.get_device_name(), python=platform.python_version(),
-        **{package.__name__: package.__version__ for package in (torch, np, tokenizers)}))
+        processor=torch.cuda.get_device_name() if config.device == "cuda" else torch.cpu.get_capabilities().get("cpu_name"),
+        python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, tokenizers=tokenizers.__version__))
     return False
 
 
 # ------------------------------------------------------------------------------------ command line
-
 
 def run(config: Config, command: str) -> None:
     """One run, from settings to results.json: train, save, read back what was saved, score that."""
@@ -611,10 +605,10 @@ def run(config: Config, command: str) -> None:
     torch.manual_seed(config.seed)
     model = load_model(config.init, fresh_head=not config.fill)
     teacher = load_model(config.teacher).eval().to(config.device) if config.teacher else None
-    if teacher and Path(config.teacher, "vocab.txt").read_bytes() != vocab.read_bytes():
+    if teacher and load_tokenizer(config.teacher).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{config.teacher} and {config.init} have different vocabularies")
-    if config.max_length > model.config.max_position_embeddings:
-        raise ValueError(f"--max-length {config.max_length} is over the model's {model.config.max_position_embeddings}")
+    if config.max_length > (most := min(m.config.max_position_embeddings for m in (model, teacher or model))):
+        raise ValueError(f"--max-length {config.max_length} is over the model's {most}")
     features = Features(training, tokenizer, config, training=True)
     if config.fill:
         refill(model)
@@ -623,7 +617,7 @@ def run(config: Config, command: str) -> None:
         add_masks(model, config.method, config.block)
     if claim(config, command):
         return print(f"{config.out}: finished before, its results.json is there")
-    name = "the built-in made-up corpus, NOT SQuAD," if config.preset == "builtin" else config.data
+    name = "the built-in made-up corpus, NOT SQuAD," if Path(config.data).name == "builtin" else config.data
     print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, {config.device}, "
           f"{config.precision}; {features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
     seconds = train(model, teacher, features, config)
@@ -632,10 +626,11 @@ def run(config: Config, command: str) -> None:
     else:
         save_pruning(model, config.out, vocab, method=config.method, block=config.block, threshold=config.threshold)
     # Note: what is scored is what is on disk, and the last step is the result: none is chosen on dev.
-    predictions = predict(load_model(config.out), Features(dev, tokenizer, config, training=False), config)
+    model = load_model(config.out)
+    predictions = predict(model, Features(dev, tokenizer, config, training=False), config)
     write_json(Path(config.out, "predictions.json"), predictions)
     scores = score(predictions, dev.truths())
-    write_results(config.out, load_model(config.out), config, training, dev, command=command, **scores, seconds=seconds)
+    write_results(config.out, model, config, training, dev, command=command, **scores, seconds=seconds)
     print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}, {len(dev.questions)} questions of {name}")
 
 

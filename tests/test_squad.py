@@ -467,7 +467,9 @@ def test_a_preset_fills_what_its_stage_needs(stage):
     assert (c.epochs, ts.plan(c, 88_524)[1]) == {"method": (20, 5400), "fill": (4, 10)}.get(*stage or [0], (2, 553))
     assert (c.lr, c.batch, c.initial_warmup, c.final_warmup, c.threshold, c.attention_lambda) == (3e-5, 16, 1, 10, 0.1, 1)
     assert (c.alpha_ce, c.alpha_kd, c.temperature, c.clip, c.weight_decay, c.attention_dropout) == (0.1, 0.9, 2, 1, 0, 0.1)
-    assert (c.max_length, c.stride, c.max_answer, c.seed, c.dense_lambda, c.score_lr or 1e-2) == (384, 128, 30, 17, 1, 1e-2)
+    assert (c.max_length, c.stride, c.max_answer, c.seed, c.score_lr or 1e-2) == (384, 128, 30, 17, 1e-2)
+    assert c.dense_lambda == (0.25 if "method" in stage else 1)     # the headline model's
+    assert "method" not in stage or ts.settle(Config(method="struct")).attention_lambda == 0.05
     assert [ts.settle(Config(data=data)).preset for data in ("x/builtin", "x/squad")] == ["builtin", "small"]
 
 
