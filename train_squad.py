@@ -88,7 +88,7 @@ class Config:
 # it goes is a matter of Σ score_lr. Short runs on a small model need both higher than the paper's.
 PRESETS = {
     "builtin": dict(dense=dict(epochs=2, lr=2e-4), fill=dict(epochs=1, lr=2e-4),
-                    prune=dict(epochs=3, lr=2e-4, score_lr=0.1, final_lambda=80)),
+                    prune=dict(epochs=2, lr=2e-4, score_lr=0.15, final_lambda=20)),
     "small": dict(dense=dict(epochs=3, lr=1e-4), fill=dict(epochs=2, lr=1e-4),
                   prune=dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80)),
     "paper": dict(dense=dict(epochs=2, lr=3e-5), fill=dict(epochs=4, lr=3e-5),
