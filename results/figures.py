@@ -73,14 +73,28 @@ def places() -> str:
     return "\n".join(lines)
 
 
+def speed(path: Path) -> str:
+    """The rows of a benchmark."""
+    b = json.loads(path.read_text())
+    lines = ["| what | baseline | ours | ratio | wanted |", "|---|---|---|---|---|"]
+    for row in b["rows"]:
+        wanted = f"{'≤' if row['at_most'] else '≥'} {row['wanted']:g}{'' if row['met'] else ' (missed)'}"
+        noise = f" ± {50 * row['spread']:.0f} %" if row["spread"] else ""
+        base = "–" if row["baseline"] is None else f"{row['baseline']:.4g} {row['unit']}"
+        lines.append(f"| {row['goal']}. {row['what']} | {base} | {row['ours']:.4g} {row['unit']} | "
+                     f"{row['ratio']:.3g}{noise} | {wanted} |")
+    return "\n".join(lines + ["", f"[{path.name}](results/{path.name}): `{b['command']}` on {b['device']}, {b['threads']} threads, "
+                              f"torch {b['torch']}, {b['data']}."])
+
+
 def readme(text: str) -> str:
     """README.md with the parts between <!-- name --> and <!-- end --> written again."""
-    log = HERE / "builtin" / "log.txt"
-    makers = {"places": places, "builtin-log": lambda: "\n" + "".join(
-        f"    {line}\n" for line in log.read_text().splitlines()[-5:]), **{path.parent.name: lambda run=path.parent.name: table(run)
-                                   for path in HERE.glob("*/summary.json")}}
+    log = (HERE / "builtin" / "log.txt").read_text().splitlines()[-5:]
+    makers = {"places": places(), "builtin-log": "\n" + "".join(f"    {line}\n" for line in log),
+              **{path.stem: speed(path) for path in HERE.glob("bench-*.json")},
+              **{path.parent.name: table(path.parent.name) for path in HERE.glob("*/summary.json")}}
     return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)",
-                  lambda m: f"{m[1]}{makers[m[2]]()}\n{m[3]}" if m[2] in makers else m[0], text, flags=re.S)
+                  lambda m: f"{m[1]}{makers[m[2]]}\n{m[3]}" if m[2] in makers else m[0], text, flags=re.S)
 
 
 # ---------------------------------------------------------------------------------------- pictures
