@@ -334,8 +334,9 @@ def training_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> l
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def evaluation_batches(lengths: np.ndarray, tokens: int = 16384) -> list[np.ndarray]:
-    """All windows in order of length, in batches of at most so many tokens with their padding."""
+def evaluation_batches(lengths: np.ndarray, device: str) -> list[np.ndarray]:
+    """All windows in order of length, in batches of at most so many tokens, padding counted, as suit the device."""
+    tokens = 65536 if device == "cuda" else 2048    # Note: what a layer makes of 2,048 stays in a CPU's cache
     order, batches, first = np.argsort(lengths, kind="stable"), [], 0
     for i in range(1, len(order) + 1):
         if i == len(order) or (i + 1 - first) * lengths[order[i]] > tokens:
@@ -363,20 +364,25 @@ def best_spans(start: torch.Tensor, end: torch.Tensor, context: torch.Tensor, lo
     return best, i, j
 
 
+def autocast(config: Config):
+    """Products in bf16, if config says so. Around a loop without gradients: then weights are cast once, not in each step."""
+    return torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 @torch.no_grad()
 def predict(model: BertForQuestionAnswering, features: Features, config: Config) -> dict[str, str]:
     """The best answer of each question over all its windows, as text by question id."""
     model.eval().to(config.device)
     answers = {question[0]: (-math.inf, "") for question in features.squad.questions}
-    for indices in evaluation_batches(features.lengths):
-        batch = features.batch(indices, config.device)
-        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+    with autocast(config):
+        for indices in evaluation_batches(features.lengths, config.device):
+            batch = features.batch(indices, config.device)
             start, end = model(batch["ids"], batch["types"], batch["real"])
-        spans = best_spans(start, end, batch["context"], config.max_answer)
-        for row, value, i, j in zip(indices, *(x.tolist() for x in spans)):
-            question = features.squad.questions[features.rows[row, 0]][0]
-            if value > answers[question][0]:
-                answers[question] = value, features.text(row, i, j)
+            spans = best_spans(start, end, batch["context"], config.max_answer)
+            for row, value, i, j in zip(indices, *(x.tolist() for x in spans)):
+                question = features.squad.questions[features.rows[row, 0]][0]
+                if value > answers[question][0]:
+                    answers[question] = value, features.text(row, i, j)
     return {question: text for question, (_, text) in answers.items()}
 
 
@@ -421,7 +427,19 @@ def refill(model: BertForQuestionAnswering) -> None:
                 p.copy_(torch.where(p == 0, torch.randn_like(p) * 0.01 * p.std() + p.mean(), p))
 
 
-# -------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------------- teacher and loss
+
+@torch.no_grad()
+def teach(teacher: BertForQuestionAnswering, features: Features, config: Config) -> torch.Tensor:
+    """The teacher's start and end logits, (windows, 2, T): asked once, not once an epoch. 0.3 GB for all of SQuAD."""
+    logits = torch.zeros(len(features), 2, features.lengths.max(), device=config.device)
+    with autocast(config):
+        for indices in evaluation_batches(features.lengths, config.device):
+            batch = features.batch(indices, config.device)
+            pair = teacher(batch["ids"], batch["types"], batch["real"])
+            logits[indices, :, :pair[0].shape[1]] = torch.stack(pair, 1).float()
+    return logits
+
 
 PADDING = torch.finfo(torch.float32).min    # a logit that is −∞ to a softmax, without its NaNs
 
@@ -484,6 +502,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
     model.to(device)
     optimizer = torch.optim.AdamW(blockprune.parameter_groups(model, config.lr, config.score_lr, config.weight_decay),
                                   fused=True)
+    taught = teach(teacher, features, config) if teacher else None
     step, spent = restore(out / "checkpoint.pt", model, optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, warmup), last_epoch=step - 1)
     per_epoch, first, epoch, stop = math.ceil(len(features) / config.batch), step, -1, []
@@ -494,16 +513,15 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             if epoch != step // per_epoch:
                 epoch = step // per_epoch
                 batches = training_batches(features.lengths, config.batch, config.seed, epoch)
-            batch = features.batch(batches[step % per_epoch], device)
-            inputs = batch["ids"], batch["types"], batch["real"]
+            indices = batches[step % per_epoch]
+            batch = features.batch(indices, device)
+            target = taught[indices, :, :batch["ids"].shape[1]].unbind(1) if teacher else None
             penalty, tau, lam = torch.zeros(()), 0.0, 0.0
             if pruning:
                 tau = threshold_at(step, config, total, warmup)
                 blockprune.set_threshold(model, tau)
-            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
-                student = model.train()(*inputs)
-                with torch.no_grad():
-                    target = teacher and teacher(*inputs)
+            with autocast(config):
+                student = model.train()(batch["ids"], batch["types"], batch["real"])
             ce, kd = loss_terms(student, target, batch, config.temperature)
             loss = config.alpha_ce * ce + config.alpha_kd * kd if teacher else ce  # Paper: alone, ce counts whole
             if pruning:

@@ -187,7 +187,7 @@ def test_batches_hold_every_window_once():
     lengths = np.append(np.random.default_rng(1).integers(20, 384, 1233), 700)
     slots = lambda batches: sum(len(batch) * lengths[batch].max() for batch in batches)
     one, again, next_epoch, other = (ts.training_batches(lengths, 7, *key) for key in [(3, 0), (3, 0), (3, 1), (4, 0)])
-    scored = ts.evaluation_batches(lengths, tokens=600)
+    scored = ts.evaluation_batches(lengths, "cpu")
     for batches in (one, next_epoch, other, scored):
         assert sorted(np.concatenate(batches)) == list(range(1234))
         assert batches is scored or sorted(map(len, batches)) == [2] + [7] * 176
@@ -196,8 +196,10 @@ def test_batches_hold_every_window_once():
     assert slots(one) < 1.1 * lengths.sum() and slots(np.split(np.arange(1234), range(7, 1234, 7))) > 1.5 * lengths.sum()
     longest = [lengths[batch].max() for batch in one]
     assert abs(np.corrcoef(longest[1:], longest[:-1])[0, 1]) < 0.3     # short and long ones take turns
-    assert max(slots([batch]) for batch in scored[:-1]) <= 600 and scored[-1].tolist() == [1233]  # it is over 600 alone
-    assert all((len(a) + 1) * lengths[b[0]] > 600 for a, b in zip(scored, scored[1:]))     # no room was left
+    assert max(slots([batch]) for batch in scored[:-1]) <= 2048 and all(len(batch) > 1 for batch in scored[:-1])
+    assert all((len(a) + 1) * lengths[b[0]] > 2048 for a, b in zip(scored, scored[1:]))    # no room was left
+    assert ts.evaluation_batches(np.array([9000, 9000]), "cpu")[0].tolist() == [0]      # over the budget alone
+    assert len(ts.evaluation_batches(lengths, "cuda")) * 24 < len(scored)
 
 
 # ------------------------------------------------------------------------------ best spans, metrics
