@@ -78,11 +78,11 @@ def speed(path: Path) -> str:
     b = json.loads(path.read_text())
     lines = ["| what | baseline | ours | ratio | wanted |", "|---|---|---|---|---|"]
     for row in b["rows"]:
-        wanted = f"{'≤' if row['at_most'] else '≥'} {row['wanted']:g}{'' if row['met'] else ' (missed)'}"
+        wanted = f"{'≤' if row['at_most'] else '≥'} {row['wanted']:g}" if row["wanted"] else "–"
         noise = f" ± {50 * row['spread']:.0f} %" if row["spread"] else ""
-        base = "–" if row["baseline"] is None else f"{row['baseline']:.4g} {row['unit']}"
-        lines.append(f"| {row['goal']}. {row['what']} | {base} | {row['ours']:.4g} {row['unit']} | "
-                     f"{row['ratio']:.3g}{noise} | {wanted} |")
+        base, ours = ("–" if row[key] is None else f"{row[key]:.4g} {row['unit']}" for key in ("baseline", "ours"))
+        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3g}{noise}"
+        lines.append(f"| {row['goal']}. {row['what']} | {base} | {ours} | {ratio} | {wanted}{' (missed)' * (row['met'] is False)} |")
     return "\n".join(lines + ["", f"[{path.name}](results/{path.name}): `{b['command']}` on {b['device']}, {b['threads']} threads, "
                               f"torch {b['torch']}, {b['data']}."])
 

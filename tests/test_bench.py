@@ -1,0 +1,56 @@
+"""The benchmark's arithmetic, on a clock that is ours: turns, medians, spreads, goals, shares of a FLOP ratio. No timing."""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
+import bench                                                                                        # noqa: E402
+import figures                                                                                      # noqa: E402
+from bert import BertConfig                                                                         # noqa: E402
+
+
+def test_works_take_turns_after_one_call_that_does_not_count(monkeypatch):
+    now, calls = [50.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def work(name, durations):
+        def call(turn):
+            calls.append((name, turn))
+            now[0] += durations.pop(0)
+        return call
+    times = bench.take_turns(work("a", [99, 1, 2, 6]), work("b", [88, 4, 3, 5]), turns=3)
+    assert times == [pytest.approx([1, 2, 6]), pytest.approx([4, 3, 5])]
+    assert calls == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert bench.spread([1, 2, 6]) == 2.5       # (6 − 1) / 2
+
+
+@pytest.mark.parametrize("ratio, wanted, at_most, met", [
+    (3.5, 3.5, False, True), (3.49, 3.5, False, False), (1.08, 1.08, True, True), (1.09, 1.08, True, False),
+    (None, 8, False, None), (3.0, None, False, None)])
+def test_a_goal_is_met_from_its_bound_on(ratio, wanted, at_most, met, capsys):
+    assert bench.row("1", "what", 2.0, 7.0, "s", ratio, wanted, at_most=at_most)["met"] is met
+    assert ("MISSED" in capsys.readouterr().out) == (met is False)
+
+
+def test_a_forward_row_is_a_ratio_of_medians_or_its_share_of_the_flops(monkeypatch):
+    """One layer, E 8, D 1, T 4, no FFN: 2 (4 T E H + 2 T² H + 2 T E) operations, 2,688 for 8 heads and 1,408 for 4."""
+    full = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=8, heads=[8], ffn=[0])
+    half = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=8, heads=[4], ffn=[0])
+    assert [bench.flops(c, 4) for c in (full, half)] == [2688, 1408]
+    monkeypatch.setattr(bench, "benchmark", lambda *_: [[30, 28, 90], [20, 21, 10]])
+    whole = bench.forward("6", "x", full, half, 2, 4, "fp32", 1.4)
+    share = bench.forward("5", "x", full, half, 2, 4, "fp32", 0.85, of_flops=True)
+    assert (whole["baseline"], whole["ours"], whole["ratio"], whole["spread"]) == (30, 20, 1.5, 0.55) and whole["met"]
+    assert share["ratio"] == pytest.approx(1.5 / (2688 / 1408)) and not share["met"]
+
+
+def test_the_headline_is_the_papers_model_and_the_table_says_what_was_not_measured(tmp_path):
+    linear = sum(4 * 768 * 64 * heads + 2 * 768 * width for heads, width in zip(*bench.HEADLINE.values()))
+    assert linear == 22_248_960
+    rows = [bench.row("7", "all", None, 6.8, "s", 6.8, 60, at_most=True), bench.not_here("1", "training", 8),
+            bench.row("2", "fp32", 5.0, 15.0, "examples/s", 3.0, 3.5, 0.1)]
+    bench.ts.write_json(tmp_path / "bench-x.json", dict(rows=rows, command="c", device="d", threads=2, torch="t", data="squad"))
+    lines = figures.speed(tmp_path / "bench-x.json").splitlines()
+    assert lines[2] == "| 7. all | – | 6.8 s | 6.8 | ≤ 60 |" and "not measured" in lines[3]
+    assert lines[4] == "| 2. fp32 | 5 examples/s | 15 examples/s | 3 ± 5 % | ≥ 3.5 (missed) |"
