@@ -251,19 +251,19 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 
 # ---------------------------------------------------------------------------------- command line
 
-def run(folder: Path, out: Path, data: str, dev_questions: int | None, command: str) -> None:
+def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None, command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
     import train_squad as ts
-    weights, done, source = folder / "model.safetensors", out / "results.json", [str(folder), data, dev_questions]
+    weights, done, source = folder / "model.safetensors", out / "results.json", [str(folder), data, v2, dev_questions]
     if out.exists() and (out.is_file() or not (out / "run.json").is_file() and any(out.iterdir()) or (
             out / "run.json").is_file() and read_json(out / "run.json").get("compacted") != source):
         raise ValueError(f"{out} is there, and is not {folder} compacted and scored so: use another --out")
     if done.is_file() and done.stat().st_mtime > weights.stat().st_mtime:
         return print(f"{out}: finished before, its results.json is there")
     began, settings = time.monotonic(), read_json(folder / "run.json", "settings")["settings"]
-    config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"], "device": None, "dev_questions":
+    config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"], "device": None, "v2": v2 or settings["v2"], "dev_questions":
                                     settings["dev_questions"] if dev_questions is None else dev_questions}))
-    dev = ts.read_squad(config.data, "dev-v1.1.json", config.dev_questions, config.seed)
+    dev = ts.read_squad(config.data, ts.file_name("dev", config.v2), config.dev_questions, config.seed)
     features = ts.Features(dev, load_tokenizer(folder), config, training=False)
     masked = load_pruning(folder).eval().to(config.device)
     small = compact(masked)
@@ -276,7 +276,7 @@ def run(folder: Path, out: Path, data: str, dev_questions: int | None, command: 
     if hasattr(masked.bert.layers[0].ffn.fc1, "parametrizations"):
         write_json(out / "masks.json", mask_rows(masked))
     small = load_model(out)
-    before, after = (ts.score(ts.predict(model, features, config), dev.truths()) for model in (masked, small))
+    before, after = (ts.evaluate(model, features, config, out) for model in (masked, small))
     write_results(out, small, config, None, dev, **after, exact_match_masked=before["exact_match"],
                   f1_masked=before["f1"], max_abs_logit_difference=worst, command=command,
                   heads_authors_rule=heads_authors_rule(masked), seconds=time.monotonic() - began)
@@ -284,7 +284,7 @@ def run(folder: Path, out: Path, data: str, dev_questions: int | None, command: 
           f"difference over {len(some)} windows in fp32 is {worst:.1e}")
 
 
-def compare(folders: list[Path], data: str, batch: int, length: int) -> None:
+def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -> None:
     """The table of some run folders; speed is held against the first, measured in one go in fp32.
 
     ValueError if they were not all scored on the same dev set, that of the folder `data` if it is given.
@@ -292,7 +292,7 @@ def compare(folders: list[Path], data: str, batch: int, length: int) -> None:
     import train_squad as ts
     data_of = [read_json(folder / "results.json", "data", "parameters", "f1")["data"] for folder in folders]
     scored = {(d["sha256"]["dev"], d["dev_questions"]) for d in data_of}
-    if len(scored) > 1 or data and {sha for sha, _ in scored} != {ts.read_squad(data, "dev-v1.1.json").sha256}:
+    if len(scored) > 1 or data and {sha for sha, _ in scored} != {ts.read_squad(data, ts.file_name("dev", v2)).sha256}:
         raise ValueError("the models were not scored on the same dev questions")
     models = [load_model(folder) for folder in folders]
     if min(batch, length) < 1 or length > (most := min(model.config.max_position_embeddings for model in models)):
@@ -323,15 +323,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the folder to write")
     parser.add_argument("--compare", nargs="+", type=Path, metavar="FOLDER", help="print the table of run folders")
     parser.add_argument("--data", default="", help="folder with dev-v1.1.json; default: that of the run")
+    parser.add_argument("--v2", action="store_true", help="score on dev-v2.0.json, whatever the run was trained on")
     parser.add_argument("--dev-questions", type=int, help="as in train_squad.py; default: that of the run")
     parser.add_argument("--batch", type=int, default=32, help="rows of the timed forward pass")
     parser.add_argument("--length", type=int, default=128, help="word pieces in each of them")
     a = parser.parse_args(argv)
     try:
         if a.compare:
-            compare(a.compare, a.data, a.batch, a.length)
+            compare(a.compare, a.data, a.v2, a.batch, a.length)
         elif a.folder and a.out:
-            run(a.folder, a.out, a.data, a.dev_questions,
+            run(a.folder, a.out, a.data, a.v2, a.dev_questions,
                 shlex.join(["python", "compact.py", *(sys.argv[1:] if argv is None else argv)]))
         else:
             parser.error("give a run folder and --out, or --compare")

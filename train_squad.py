@@ -53,6 +53,8 @@ class Config:
     method: str = "dense"               # {dense,hybrid,block,struct,unstructured}: what is pruned; add_masks()
     block: str = "32x32"                # r x c of query, key, value, transposed for out; with block also of fc1, fc2
     fill: bool = False                  # refill a compacted model: noise for zeros, then fine-tuning
+    v2: bool = False                    # SQuAD 2.0, train-v2.0.json and dev-v2.0.json: a question may have no answer
+    null_threshold: float = 0           # of v2: none is given if that scores so much more than the best  [R:qa_xp.py]
     preset: str | None = None           # {builtin,small,paper}: gives the values of the fields left None
     questions: int | None = None        # first n of a seeded shuffle of the training questions; None: all
     dev_questions: int | None = None    # the same of the dev questions; None: all
@@ -119,12 +121,14 @@ def settle(config: Config) -> Config:
         if getattr(c, name) is None:
             setattr(c, name, value)
     for name, value in vars(c).items():
-        if type(value) in (int, float) and not (0 <= value < math.inf and (value or name in MAY_BE_ZERO)):
+        if type(value) in (int, float) and name != "null_threshold" and not (
+                0 <= value < math.inf and (value or name in MAY_BE_ZERO)):
             least = "0 or more" if name in MAY_BE_ZERO else "over 0"
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least}")
     for wrong, message in (
             (c.fill and c.method != "dense", "--fill trains without masks: leave --method out"),
             (not re.fullmatch(r"[1-9]\d*x[1-9]\d*", c.block), f"--block {c.block}: as in 32x32, two numbers over 0"),
+            (not math.isfinite(c.null_threshold), f"--null-threshold {c.null_threshold}: a number is expected"),
             (c.attention_dropout >= 1, f"--attention-dropout {c.attention_dropout}: it must be under 1"),
             (c.threshold >= 0.5, f"--threshold {c.threshold}: it must be under 0.5, where scores start"),
             (c.max_length - 3 - c.max_question <= c.stride, f"--max-length {c.max_length}: too short for --stride "
@@ -142,21 +146,40 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def token_f1(prediction: str, truth: str) -> float:
-    """Harmonic mean of precision and recall over the words that both have."""
+def token_f1(prediction: str, truth: str, v2: bool = False) -> float:
+    """Harmonic mean of precision and recall over the words that both have; in v2, no words equal no words."""
     a, b = normalize_answer(prediction).split(), normalize_answer(truth).split()
+    if v2 and not (a and b):
+        return float(a == b)
     return 2 * (collections.Counter(a) & collections.Counter(b)).total() / max(1, len(a) + len(b))
 
 
-def score(predictions: dict[str, str], truths: dict[str, list[str]]) -> dict[str, float]:
-    """Exact match and F1 in percent: the best over a question's answers, the mean over the questions.
+def question_scores(predictions: dict[str, str], truths: dict[str, list[str]]) -> dict[str, tuple[float, float]]:
+    """Exact match and F1, from 0 to 1, by question id: the best over the question's answers.
 
-    predictions: text by question id. As in evaluate-v1.1.py, a question without one counts 0.
+    predictions: text by question id. truths: its answers; where one has none, the rules of evaluate-v2.0.py hold,
+    else those of evaluate-v1.1.py. They differ for a question without a prediction: v1.1 counts 0, v2.0 leaves it out.
     """
-    given = [(predictions[i], answers) for i, answers in truths.items() if i in predictions]
-    exact = sum(normalize_answer(text) in map(normalize_answer, answers) for text, answers in given)
-    f1 = sum(max(token_f1(text, answer) for answer in answers) for text, answers in given)
-    return {"exact_match": 100 * exact / len(truths), "f1": 100 * f1 / len(truths)}
+    v2, scores = not all(truths.values()), {}
+    for i, answers in truths.items():
+        if v2:
+            answers = [answer for answer in answers if normalize_answer(answer)] or [""]
+        if i in predictions:
+            exact = any(normalize_answer(predictions[i]) == normalize_answer(answer) for answer in answers)
+            scores[i] = float(exact), max(token_f1(predictions[i], answer, v2) for answer in answers)
+        elif not v2:
+            scores[i] = 0.0, 0.0
+    return scores
+
+
+def score(predictions: dict[str, str], truths: dict[str, list[str]]) -> dict[str, float]:
+    """Exact match and F1 in percent, the means of question_scores(); in v2 also of those with and without an answer."""
+    scores = question_scores(predictions, truths)
+    groups = {"": list(scores)}
+    if not all(truths.values()):
+        groups |= {"HasAns_": [i for i in scores if truths[i]], "NoAns_": [i for i in scores if not truths[i]]}
+    return {name + metric: 100 * sum(scores[i][k] for i in group) / max(1, len(group))
+            for name, group in groups.items() for k, metric in enumerate(("exact_match", "f1"))}
 
 
 # ------------------------------------------------------------------------------------ SQuAD on disk
@@ -169,6 +192,10 @@ class Squad:
 
     def truths(self) -> dict[str, list[str]]:
         return {i: [text for text, _ in answers] for i, _, _, answers in self.questions}
+
+
+def file_name(part: str, v2: bool) -> str:
+    return f"{part}-v2.0.json" if v2 else f"{part}-v1.1.json"
 
 
 def read_squad(folder: str | Path, name: str, limit: int | None = None, seed: int = 0) -> Squad:
@@ -201,8 +228,8 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None, seed: in
                            for x in get(qa, "answers", list, at)]
                 name, text = get(qa, "id", str, at), get(qa, "question", str, at)
                 squad.questions.append((name, text, len(squad.passages), answers))
-                if not answers:
-                    raise ValueError(f"{path}: {at} has no answer: SQuAD 1.1 is expected")
+                if not (answers or qa.get("is_impossible") is True):
+                    raise ValueError(f"{path}: {at} has no answer, and is not said to be impossible")
             squad.passages.append(get(paragraph, "context", str, where))
     if not squad.questions:
         raise ValueError(f"{path}: no question in it")
@@ -263,7 +290,7 @@ class Features:
 
     A passage that does not fit is seen through windows that share `stride` word pieces, as in Hugging Face's
     run_qa.py. rows is (N, 6): question, its word pieces, first word piece of the passage in the window, how
-    many, and the answer's first and last position: 0 and 0, [CLS], where it is not wholly inside.
+    many, and the answer's first and last position: 0 and 0, [CLS], where none is wholly inside.
     skipped: training questions without a usable answer, left out; cut: questions that were too long.
     """
 
@@ -275,7 +302,7 @@ class Features:
         self.passages = word_pieces(tokenizer, [x if p in used else "" for p, x in enumerate(squad.passages)])
         for q, (_, _, p, answers) in enumerate(squad.questions):
             chars, asked = self.passages[p][1], len(self.questions[q][0])
-            span = answer_span(squad.passages[p], chars, *answers[0]) if training else (-1, -1)
+            span = answer_span(squad.passages[p], chars, *answers[0]) if training and answers else (-1, -1)
             self.skipped, self.cut = self.skipped + (span is None), self.cut + (asked > config.max_question)
             asked = min(asked, config.max_question)
             room = config.max_length - 3 - asked
@@ -371,19 +398,33 @@ def autocast(config: Config):
 
 @torch.no_grad()
 def predict(model: BertForQuestionAnswering, features: Features, config: Config) -> dict[str, str]:
-    """The best answer of each question over all its windows, as text by question id."""
+    """The best answer of each question over all its windows, as text by question id.
+
+    v2: no answer, "", where the least score of [CLS] over the windows is more than null_threshold over the best span's.
+    """
     model.eval().to(config.device)
-    answers = {question[0]: (-math.inf, "") for question in features.squad.questions}
+    best = {question[0]: (-math.inf, "") for question in features.squad.questions}
+    null = dict.fromkeys(best, math.inf)
     with autocast(config):
         for indices in evaluation_batches(features.lengths, config.device):
             batch = features.batch(indices, config.device)
             start, end = model(batch["ids"], batch["types"], batch["real"])
-            spans = best_spans(start, end, batch["context"], config.max_answer)
-            for row, value, i, j in zip(indices, *(x.tolist() for x in spans)):
+            spans, nothing = best_spans(start, end, batch["context"], config.max_answer), start[:, 0] + end[:, 0]
+            for row, value, i, j, none in zip(indices, *(x.tolist() for x in (*spans, nothing))):
                 question = features.squad.questions[features.rows[row, 0]][0]
-                if value > answers[question][0]:
-                    answers[question] = value, features.text(row, i, j)
-    return {question: text for question, (_, text) in answers.items()}
+                null[question] = min(null[question], none)
+                if value > best[question][0]:
+                    best[question] = value, features.text(row, i, j)
+    return {question: "" if config.v2 and null[question] - value > config.null_threshold else text
+            for question, (value, text) in best.items()}
+
+
+def evaluate(model: BertForQuestionAnswering, features: Features, config: Config, out: str | Path) -> dict[str, float]:
+    """EM and F1 on a dev set; the answers go to predictions.json, and each question's F1 to f1.json."""
+    predictions, truths = predict(model, features, config), features.squad.truths()
+    write_json(Path(out, "predictions.json"), predictions)
+    write_json(Path(out, "f1.json"), {i: round(f1, 4) for i, (_, f1) in question_scores(predictions, truths).items()})
+    return score(predictions, truths)
 
 
 # ----------------------------------------------------------------------------- the paper's methods
@@ -617,8 +658,8 @@ def claim(config: Config, command: str) -> bool:
 def run(config: Config, command: str) -> None:
     """One run, from settings to results.json: train, save, read back what was saved, score that."""
     config = settle(config)
-    training = read_squad(config.data, "train-v1.1.json", config.questions, config.seed)
-    dev = read_squad(config.data, "dev-v1.1.json", config.dev_questions, config.seed)
+    training, dev = (read_squad(config.data, file_name(part, config.v2), limit, config.seed)
+                     for part, limit in (("train", config.questions), ("dev", config.dev_questions)))
     tokenizer, vocab = load_tokenizer(config.init), Path(config.init, "vocab.txt")
     torch.manual_seed(config.seed)
     model = load_model(config.init, fresh_head=not config.fill)
@@ -645,9 +686,7 @@ def run(config: Config, command: str) -> None:
         save_pruning(model, config.out, vocab, method=config.method, block=config.block, threshold=config.threshold)
     # Note: what is scored is what is on disk, and the last step is the result: none is chosen on dev.
     model = load_model(config.out)
-    predictions = predict(model, Features(dev, tokenizer, config, training=False), config)
-    write_json(Path(config.out, "predictions.json"), predictions)
-    scores = score(predictions, dev.truths())
+    scores = evaluate(model, Features(dev, tokenizer, config, training=False), config, config.out)
     write_results(config.out, model, config, training, dev, command=command, **scores, seconds=seconds)
     print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}, {len(dev.questions)} questions of {name}")
 

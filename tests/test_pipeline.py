@@ -126,8 +126,8 @@ def one_line(capsys, error=True):
 
 
 def test_every_folder_holds_its_files_and_every_result_its_keys(chain):
-    model = {"config.json", "model.safetensors", "vocab.txt", "run.json", "results.json"}
-    run = model | {"log.jsonl", "checkpoint.pt", "predictions.json"}
+    model = {"config.json", "model.safetensors", "vocab.txt", "run.json", "results.json", "predictions.json", "f1.json"}
+    run = model | {"log.jsonl", "checkpoint.pt"}
     files = dict(teacher=run, hybrid=run | {"pruning.safetensors"}, small=model | {"masks.json"}, filled=run)
     of_compaction = {"exact_match_masked", "f1_masked", "max_abs_logit_difference"}
     keys = of_compaction | set("""exact_match f1 parameters density heads heads_authors_rule ffn latency_ms speedup
@@ -223,6 +223,29 @@ def test_other_methods(chain, tmp_path, method, block):
         assert method != "struct" or masks["query"] == masks["value"] == ["".join(x) for x in zip(*masks["out"])]
     if compact.main([*again, "--dev-questions", "7"]) == 0:     # another question is no finished run
         assert read(tmp_path / "small/results.json")["data"]["dev_questions"] == 7
+
+
+def test_v2_trains_scores_and_compacts(chain, tmp_path, capsys):
+    """A third of the questions without an answer; the teacher, which knows of none, is scored on them too."""
+    for part in ("train", "dev"):
+        tree = read(chain / f"data/{part}-v1.1.json")
+        for paragraph in tree["data"][0]["paragraphs"]:
+            paragraph["qas"][1] |= {"answers": [], "is_impossible": True}
+        write_json(tmp_path / f"{part}-v2.0.json", tree)
+    flags = ["--data", str(tmp_path), "--v2"]
+    assert ts.main([*flags, "--init", f"{chain}/teacher", "--out", f"{tmp_path}/run", *FLAGS, "--epochs", "4", "--lr", "3e-3"]) == 0
+    assert compact.main([f"{chain}/teacher", *flags, "--out", f"{tmp_path}/of-v1"]) == 0
+    assert compact.main(["--compare", f"{tmp_path}/run", f"{tmp_path}/of-v1", *flags, "--batch", "2", "--length", "48"]) == 0
+    learnt, told = (read(tmp_path / name / "results.json") for name in ("run", "of-v1"))
+    for r in (learnt, told):
+        assert r["f1"] == pytest.approx((2 * r["HasAns_f1"] + r["NoAns_f1"]) / 3) and r["data"]["dev_questions"] == DEV
+    assert learnt["NoAns_f1"] > told["NoAns_f1"] and told["HasAns_f1"] > 10
+    empty = list(read(tmp_path / "run/predictions.json").values()).count("")
+    capsys.readouterr()
+    assert ts.main(["--score", f"{tmp_path}/run/predictions.json", f"{tmp_path}/dev-v2.0.json"]) == 0
+    assert json.loads(capsys.readouterr().out)["NoAns_f1"] == learnt["NoAns_f1"] and empty > 3
+    f1 = read(tmp_path / "run/f1.json")
+    assert len(f1) == DEV and sum(f1.values()) / DEV == pytest.approx(learnt["f1"] / 100, abs=1e-4)
 
 
 # --------------------------------------------------------------------------- what results.json is of
