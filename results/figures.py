@@ -8,9 +8,12 @@ them under runs/, without the weights.
 """
 import ast
 import json
+import math
 import re
 import sys
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -87,10 +90,96 @@ def speed(path: Path) -> str:
                               f"torch {b['torch']}, {b['data']}."])
 
 
+# ------------------------------------------------------------------------------------------- sweep
+
+METHODS = ("Hybrid 32x32", "Hybrid Filled", "Block 32x32", "Block 8x8", "Unstructured 1x1", "Struct")
+
+
+def sweep() -> dict[str, list[dict]]:
+    """The points that are there, by method and λ: results.json with its folder, λ and each question's F1."""
+    points: dict[str, list[dict]] = {method: [] for method in METHODS}
+    for path in sorted((HERE / "sweep").glob("*-*/results.json")):
+        method, block, weight, kind = path.parent.name.split("-")
+        title = "Hybrid Filled" if kind == "filled" else "Struct" if method == "struct" else f"{method.title()} {block}"
+        f1 = json.loads((path.parent / "f1.json").read_text())
+        points[title].append(dict(json.loads(path.read_text()), folder=path.parent.name, weight=float(weight),
+                                  questions=np.array([f1[i] for i in sorted(f1)])))
+    return {title: sorted(rows, key=lambda r: r["weight"]) for title, rows in points.items()}
+
+
+def sweep_table() -> str:
+    """One row for each point, the least pruned first."""
+    dense = read("sweep", "teacher", "results.json")
+    lines = ["| method | λ | F1 | EM | density | heads | speed |", "|---|---|---|---|---|---|---|"]
+    for title, r in [("dense", dict(dense, folder="teacher", weight=None))] + [(t, r) for t, rows in sweep().items() for r in rows]:
+        lines.append(f"| [{title}](results/sweep/{r['folder']}/results.json) | {r['weight'] or 0:g} | {r['f1']:.2f} | "
+                     f"{r['exact_match']:.2f} | {100 * r['density']:.1f} % | {sum(r['heads'])} | {r['speedup']:.2f} x |")
+    return "\n".join(lines)
+
+
+def guide() -> str:
+    """λ → density, here and in the authors' log."""
+    paper, ours = read("paper.json")["rows"], sweep()
+    arrows = lambda pairs: ", ".join(f"{weight:g} → {100 * d:.0f} %" for weight, d in pairs) or "–"
+    return "\n".join(["| method | λ → density here | λ → density in the authors' runs of BERT-base |", "|---|---|---|"] + [
+        f"| {title} | {arrows((r['weight'], r['density']) for r in ours[title])} | {arrows((r[0], r[2]) for r in paper[title])} |"
+        for title in METHODS if title != "Hybrid Filled"])
+
+
+def at(rows: list[dict], key: str, x: float) -> np.ndarray:
+    """Each question's F1 at `key` = x, in a line between the two points around it."""
+    a, b = sorted(rows, key=lambda r: r[key])
+    share = (x - a[key]) / (b[key] - a[key])
+    return (1 - share) * a["questions"] + share * b["questions"]
+
+
+def interval(difference: np.ndarray, draws: int = 4000) -> tuple[float, float]:
+    """95 % of the means of so many resamples of the questions (paired: the differences are what is drawn)."""
+    drawn = np.random.default_rng(0).multinomial(len(difference), np.full(len(difference), 1 / len(difference)), draws)
+    return tuple(np.percentile(drawn @ difference / len(difference), [2.5, 97.5]))
+
+
+def equal(first: list[dict], second: list[dict], key: str) -> tuple[float, np.ndarray] | None:
+    """The middle of the range of `key` that both methods' points span, and the difference of F1 there."""
+    if min(len(first), len(second)) < 2:
+        return None
+    low, high = (f(g(r[key] for r in rows) for rows in (first, second)) for f, g in ((max, min), (min, max)))
+    middle = (low + high) / 2
+    return (middle, 100 * (at(first, key, middle) - at(second, key, middle))) if low < high else None
+
+
+def verdicts() -> str:
+    """The four shapes that the paper claims, held against the sweep."""
+    p, lines = sweep(), ["| the paper's claim | here | 95 % interval | shown |", "|---|---|---|---|"]
+    for claim, first, second, key in (
+            ("smaller blocks keep more F1 at equal density", "Unstructured 1x1", "Block 8x8", "density"),
+            ("", "Block 8x8", "Block 32x32", "density"), ("", "Unstructured 1x1", "Block 32x32", "density"),
+            ("Hybrid beats Block at equal speed", "Hybrid 32x32", "Block 32x32", "speedup")):
+        found = equal(p[first], p[second], key)
+        where = "" if found is None else f"{100 * found[0]:.0f} % density" if key == "density" else f"{found[0]:.2f} x"
+        lines.append(f"| {claim} | {first} against {second}: " + ("their points do not overlap | – | cannot be told |" if found is None else
+                     f"{found[1].mean():+.2f} F1 at {where} | {verdict(found[1])} |"))
+    for a, b in zip(p["Hybrid Filled"], p["Hybrid 32x32"]):
+        gain = 100 * (a["questions"] - b["questions"])
+        lines.append(f"| filling gains at equal speed | λ {a['weight']:g}: {gain.mean():+.2f} F1 | {verdict(gain)} |")
+    for r in p["Unstructured 1x1"]:
+        gone = 72 - sum(r["heads"])
+        lines.append(f"| even 1x1 empties some heads | λ {r['weight']:g}: {gone} of 72 gone at {100 * r['density']:.0f} % density | – | "
+                     f"{'yes' if gone else 'no'} |")
+    return "\n".join(lines)
+
+
+def verdict(difference: np.ndarray) -> str:
+    low, high = interval(difference)
+    return f"{low:+.2f} to {high:+.2f} | {'yes' if low > 0 else 'no: the opposite' if high < 0 else 'no'}"
+
+
 def readme(text: str) -> str:
     """README.md with the parts between <!-- name --> and <!-- end --> written again."""
     log = (HERE / "builtin" / "log.txt").read_text().splitlines()[-5:]
-    makers = {"places": places(), "builtin-log": "\n" + "".join(f"    {line}\n" for line in log),
+    done = sum(map(len, sweep().values())) if (HERE / "sweep" / "teacher").exists() else 0
+    makers = {"places": places(), **({"sweep": sweep_table(), "guide": guide(), "verdicts": verdicts()} if done else {}),
+              "builtin-log": "\n" + "".join(f"    {line}\n" for line in log),
               **{path.stem: speed(path) for path in HERE.glob("bench-*.json")},
               **{path.parent.name: table(path.parent.name) for path in HERE.glob("*/summary.json")}}
     return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)",
@@ -99,9 +188,95 @@ def readme(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------- pictures
 
+COLOURS = ("#1f6feb", "#1a7f37", "#bc4c00", "#9a6700", "#8250df", "#57606a")     # read on white and on black
 STYLE = ("<style>svg{font:11px sans-serif;background:#fff}text{fill:#333}.k{fill:#1f6feb}.p{fill:#e6e6e6}.h{stroke:#fff}"
+         ".a{stroke:#8c959f;fill:none}.g{stroke:#8c959f;stroke-opacity:.3}.t{font-weight:bold}"
          "@media(prefers-color-scheme:dark){svg{background:#0d1117}text{fill:#ccc}.k{fill:#58a6ff}.p{fill:#2d333b}"
          ".h{stroke:#0d1117}}</style>")
+
+
+def svg(width: float, height: float, parts: list[str]) -> str:
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+            f'{STYLE}{"".join(parts)}</svg>\n')
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step *= next(m for m in (5, 2, 1) if (high - low) / (m * step) >= 3)
+    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(x: float, y: float, title: str, across: str, up: str, series: list[tuple], width=370, height=250) -> str:
+    """Axes and series of (name, colour, points, style): "line", "dots" on a line, or "hollow" dots on a dashed one."""
+    points = [p for _, _, ps, _ in series for p in ps]
+    (x0, x1), (y0, y1) = ((min(v) - 0.05 * (max(v) - min(v) or 1), max(v) + 0.05 * (max(v) - min(v) or 1)) for v in zip(*points))
+    left, top, w, h = x + 45, y + 25, width - 60, height - 65
+    X, Y = (lambda v: round(left + w * (v - x0) / (x1 - x0), 1)), (lambda v: round(top + h * (y1 - v) / (y1 - y0), 1))
+    out = [f'<text class="t" x="{left}" y="{y + 14}">{title}</text><rect class="a" x="{left}" y="{top}" width="{w}" height="{h}"/>',
+           f'<text x="{left + w / 2}" y="{top + h + 32}" text-anchor="middle">{across}</text>',
+           f'<text transform="translate({x + 10} {top + h / 2}) rotate(-90)" text-anchor="middle">{up}</text>']
+    out += [f'<path class="g" d="M{X(v)} {top}v{h}"/><text x="{X(v)}" y="{top + h + 15}" text-anchor="middle">{v:g}</text>'
+            for v in (round(v, 10) for v in ticks(x0, x1))]
+    out += [f'<path class="g" d="M{left} {Y(v)}h{w}"/><text x="{left - 5}" y="{Y(v) + 4}" text-anchor="end">{v:g}</text>'
+            for v in (round(v, 10) for v in ticks(y0, y1))]
+    for name, colour, ps, style in series:
+        dash = ' stroke-dasharray="2 3" stroke-opacity=".6"' if style == "hollow" else ""
+        out.append(f'<path fill="none" stroke="{colour}" stroke-width="1.5"{dash} d="M{" L".join(f"{X(a)} {Y(b)}" for a, b in ps)}">'
+                   f'<title>{name}</title></path>')
+        if style != "line":
+            fill = "none" if style == "hollow" else colour
+            out += [f'<circle cx="{X(a)}" cy="{Y(b)}" r="3.5" fill="{fill}" stroke="{colour}"><title>{name}: {a:g}, {b:g}</title></circle>'
+                    for a, b in ps]
+    return "".join(out)
+
+
+def legend(x: float, y: float, names: list[tuple]) -> str:
+    """A line of (name, colour)."""
+    parts = []
+    for name, colour in names:
+        parts.append(f'<circle cx="{x + 4}" cy="{y - 4}" r="4" fill="{colour}"/><text x="{x + 12}" y="{y}">{name}</text>')
+        x += 26 + 6.2 * len(name)
+    return "".join(parts)
+
+
+def curves_picture() -> str:
+    """F1 lost against speed-up and against density, a line a method, and the authors' rows as hollow points."""
+    paper, ours, dense = read("paper.json"), sweep(), read("sweep", "teacher", "results.json")
+    parts = [f'<text class="t" x="10" y="18">F1 lost by pruning on SQuAD v1.1: MiniLM, {dense["data"]["train_questions"] // 2:,} questions, '
+             f'scored on {dense["data"]["dev_questions"]:,} (filled), and the authors’ BERT-base, all questions (hollow)</text>',
+             legend(50, 38, list(zip(METHODS, COLOURS)))]
+    for k, (key, column, across, scale) in enumerate((("speedup", 3, "times the speed of the dense model", 1),
+                                                      ("density", 2, "encoder linear weights kept, %", 100))):
+        series = [(f"{m} (authors, BERT-base)", c, sorted((scale * r[column], r[1] - paper["dense"]) for r in paper["rows"][m]), "hollow")
+                  for m, c in zip(METHODS, COLOURS)]
+        series += [(m, c, sorted((scale * r[key], r["f1"] - dense["f1"]) for r in ours[m]), "dots")
+                   for m, c in zip(METHODS, COLOURS) if ours[m]]
+        parts.append(chart(10 + 420 * k, 50, "", across, "F1 minus that of the own dense model", series, 410, 330))
+    return svg(850, 390, parts)
+
+
+def layers_picture() -> str:
+    """Heads and FFN width left, by layer: one model of each method, the most pruned."""
+    parts, last = [legend(50, 20, list(zip(METHODS, COLOURS)))], {m: rows[-1] for m, rows in sweep().items() if rows}
+    for k, (key, up) in enumerate((("heads", "heads left of 12"), ("ffn", "FFN dimensions left of 1,536"))):
+        series = [(f"{m}, λ {r['weight']:g}", c, list(enumerate(r[key])), "dots") for m, c in zip(METHODS, COLOURS)
+                  if m in last for r in [last[m]]]
+        parts.append(chart(10 + 420 * k, 30, "Left in each layer of MiniLM, highest λ of each method", "layer", up, series, 410, 280))
+    return svg(850, 320, parts)
+
+
+def run_picture(run: str) -> str:
+    """τ, λ, density and loss over the steps of a fine-pruning."""
+    lines = [json.loads(line) for line in (HERE / run / "hybrid" / "log.jsonl").read_text().splitlines()]
+    panels = (("τ, the threshold", {"τ": lambda r: r["threshold"]}), ("λ, the weight of the penalty", {"λ": lambda r: r["lambda"]}),
+              ("density: attention (blue), FFN (green)", {k: lambda r, k=k: r["density"].get(k, 1) for k in ("attention", "dense")}),
+              ("loss: all (blue), cross entropy (green)", {k: lambda r, k=k: r[k] for k in ("loss", "ce")}))
+    parts = [f'<text class="t" x="10" y="18">Fine-pruning, Hybrid 32x32 on MiniLM: {run}</text>']
+    for k, (title, values) in enumerate(panels):
+        series = [(name, c, [(r["step"], value(r)) for r in lines], "line") for (name, value), c in zip(values.items(), COLOURS)]
+        parts.append(chart(10 + 420 * (k % 2), 25 + 225 * (k // 2), title, "step", "", series, 410, 215))
+    return svg(850, 480, parts)
 
 
 def runs_of(row: str):
@@ -139,8 +314,7 @@ def masks_picture(run: str) -> str:
         parts.append(matrix(["".join(layer["fc1"])], x, y, 156, size))
         parts.append(matrix(layer["fc2"], x + 170, y, 156, size))
     height = 60 + len(layers) * (size + 12)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 850 {height}" width="850" height="{height}">{STYLE}'
-            + "".join(parts) + "</svg>\n")
+    return svg(850, height, parts)
 
 
 def main() -> int:
@@ -150,6 +324,10 @@ def main() -> int:
     for path in HERE.glob("*/hybrid-compact/masks.json"):
         run = path.parent.parent.name
         (HERE / f"masks-{run}.svg").write_text(masks_picture(run))
+        (HERE / f"run-{run}.svg").write_text(run_picture(run))
+    if any(sweep().values()):
+        (HERE / "curves.svg").write_text(curves_picture())
+        (HERE / "layers.svg").write_text(layers_picture())
     (ROOT / "README.md").write_text(readme(text))
     return 0
 

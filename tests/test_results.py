@@ -1,7 +1,8 @@
-"""The benchmark's arithmetic, on a clock that is ours: turns, medians, spreads, goals, shares of a FLOP ratio. No timing."""
+"""The arithmetic of results/: the benchmark on a clock that is ours (no timing), equal density, intervals, axes."""
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
@@ -54,3 +55,44 @@ def test_the_headline_is_the_papers_model_and_the_table_says_what_was_not_measur
     lines = figures.speed(tmp_path / "bench-x.json").splitlines()
     assert lines[2] == "| 7. all | – | 6.8 s | 6.8 | ≤ 60 |" and "not measured" in lines[3]
     assert lines[4] == "| 2. fp32 | 5 examples/s | 15 examples/s | 3 ± 5 % | ≥ 3.5 (missed) |"
+
+
+# ------------------------------------------------------------------------------------- the sweep's
+
+
+def points(*rows):
+    """Of (density, each question's F1)."""
+    return [dict(density=d, questions=np.array(f1)) for d, f1 in rows]
+
+
+def test_methods_are_compared_in_the_middle_of_what_both_span():
+    a, b = points((0.2, [0, 0.5]), (0.6, [1, 0.5])), points((0.3, [0, 0]), (0.9, [0, 1]))
+    middle, difference = figures.equal(a, b, "density")        # both span 0.3 to 0.6
+    assert middle == pytest.approx(0.45) and difference == pytest.approx([100 * 0.625, 100 * (0.5 - 0.25)])
+    assert figures.equal(a[::-1], b[::-1], "density")[1] == pytest.approx(difference)
+    assert figures.equal(a, points((0.7, [0, 0]), (0.9, [0, 1])), "density") is None and figures.equal(a, b[:1], "density") is None
+
+
+def test_intervals_of_the_mean_by_theory():
+    assert figures.interval(np.full(50, 2.5)) == pytest.approx((2.5, 2.5))
+    low, high = figures.interval(np.tile([3.0, 1.0], 1000))    # standard error 1/√2000
+    assert (low, high) == pytest.approx((2 - 1.96 / 2000 ** 0.5, 2 + 1.96 / 2000 ** 0.5), abs=0.004)
+    cases = {"yes": 1.0, "no: the opposite": -1.0, "no": 0.01}
+    assert all(figures.verdict(np.tile([shift - 1, shift + 1], 500)).endswith(f"| {word}") for word, shift in cases.items())
+
+
+def test_axes_have_round_ticks():
+    assert figures.ticks(-3, 4.2) == [-2, 0, 2, 4] and figures.ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    for low, high in [(0, 1), (0.93, 1.01), (-13.1, -0.2), (1, 7.4), (0, 1536)]:
+        found = figures.ticks(low, high)
+        assert 3 <= len(found) <= 8 and low <= found[0] + 1e-9 and found[-1] <= high + 1e-9
+
+
+def test_a_chart_draws_every_point_inside_its_axes():
+    series = [("a", "red", [(1, -2), (3, 4)], "dots"), ("b", "blue", [(2, 0)], "hollow"), ("c", "green", [(1, 1), (2, 1)], "line")]
+    text = figures.chart(0, 0, "title", "x", "y", series)
+    centres = [tuple(map(float, pair)) for pair in figures.re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', text)]
+    assert len(centres) == 3 and text.count("<path fill") == 3
+    (ax, ay), (bx, by), (cx, cy) = centres
+    assert 45 < ax < cx < bx < 355 and 25 < by < cy < ay < 210      # up is smaller
+    assert (cx, cy) == pytest.approx(((ax + bx) / 2, ay + (by - ay) / 3), abs=0.1)
