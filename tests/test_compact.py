@@ -9,6 +9,7 @@ Letters: E hidden size, H heads, D head size, F FFN width, T tokens; Q, K, V, O 
 """
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -81,6 +82,22 @@ def left(model):
     return heads, ffn
 
 
+def assert_counted(model):
+    """Parameters, density's two sides and floating point operations, once more from the shapes alone."""
+    c, D, found = model.config, model.config.head_size, count_parameters(model)
+    E, linear, biases, operations, T = c.hidden_size, 0, 0, 0, 5
+    for H, width in zip(c.heads, c.ffn):
+        linear += 4 * H * D * E + 2 * width * E
+        biases += 3 * H * D + E + width + E + 4 * E       # of Q, K, V; O; fc1; fc2; the two norms
+        operations += 2 * T * (4 * H * D * E + 2 * width * E) + 2 * 2 * T * T * H * D
+    nonzero = sum(int((module.weight != 0).sum()) for module in model.bert.layers.modules() if isinstance(module, nn.Linear))
+    embeddings = (c.vocab_size + c.max_position_embeddings + c.type_vocab_size + 2) * E
+    total = embeddings + linear + biases + 2 * E + 2
+    assert found == dict(linear=linear, linear_nonzero=nonzero, linear_dense=c.num_hidden_layers * E * (4 * E + 2 * c.intermediate_size),
+                         encoder=linear + biases, total=total, bytes=4 * total)
+    assert flops(c, T) == operations + 2 * T * 2 * E
+
+
 # ----------------------------------------------------------------------------------- random models
 
 
@@ -134,6 +151,8 @@ def test_masked_baked_compacted_and_loaded_are_one_function(dtype, tolerance, tm
             assert_same(logits(small, inputs), expected, tolerance)
             assert_same(logits(bake(copy.deepcopy(model)), inputs), expected, tolerance)
             assert_bit_equal(compact(small), small)
+            for m in (model, small):
+                assert_counted(m)
             if dtype == torch.float32:
                 save_model(small, tmp_path)
                 loaded = load_model(tmp_path).eval()
@@ -470,11 +489,13 @@ def test_results_have_every_key(tmp_path, trained):
     model = without("Q")
     model.bert.layers[0].attention.out.weight.data[:, SECOND] = 0
     config = Config(data="some/where", device="cpu", precision="fp32", seed=3)
+    save_model(model, tmp_path)
     write_results(tmp_path, model, config, training, dev, f1=87.7, seconds=1.5)
     assert json.loads((tmp_path / "results.json").read_text()) == dict(
         exact_match=None, f1=87.7, exact_match_masked=None, f1_masked=None, max_abs_logit_difference=None,
         parameters=count_parameters(model), density=pytest.approx((1488 - 48 - 48) / 1488), heads=[2, 3],
         heads_authors_rule=[3, 2], ffn=[7, 7], latency_ms=None, speedup=None, flops_ratio=None, batch=None, length=None,
         device="cpu", threads=torch.get_num_threads(), precision="fp32", seed=3, command=None, seconds=1.5,
+        weights_sha256=hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest(),
         data=dict(name="where", sha256=dict(train="5eed" if trained else None, dev="de5"),
                   train_questions=5 if trained else None, dev_questions=2))

@@ -15,7 +15,10 @@ import io
 import json
 import math
 import os
+import pickle
+import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -38,6 +41,7 @@ HYBRID = "--method hybrid --block 4x6 --epochs 5 --lr 1e-3 --score-lr 0.2 --fina
 SHORT = "--questions 40 --epochs 3 --lr 1e-3".split()   # 12 steps
 PRUNE = "--method hybrid --block 4x6 --score-lr 1 --final-lambda 5 --final-warmup 2".split()
 CHAIN = ("teacher", "hybrid", "small", "filled")
+KILLS = 20 if "FUZZ" in os.environ else 3
 E, F, DEV = 24, 40, 120     # hidden size, FFN width, dev questions
 
 
@@ -131,7 +135,7 @@ def test_every_folder_holds_its_files_and_every_result_its_keys(chain):
     files = dict(teacher=run, hybrid=run | {"pruning.safetensors"}, small=model | {"masks.json"}, filled=run)
     of_compaction = {"exact_match_masked", "f1_masked", "max_abs_logit_difference"}
     keys = of_compaction | set("""exact_match f1 parameters density heads heads_authors_rule ffn latency_ms speedup
-        flops_ratio batch length device threads precision data seed command seconds""".split())
+        flops_ratio batch length device threads precision data seed command seconds weights_sha256""".split())
     for name in CHAIN:
         assert {path.name for path in (chain / name).iterdir()} == files[name]      # and no temporary file
         results, sizes = read(chain / name / "results.json"), [t.numel() for t in matrices(chain / name).values()]
@@ -339,6 +343,38 @@ def test_a_broken_run_goes_on_to_the_same_bits(chain, unbroken, tmp_path, monkey
     assert train(chain, tmp_path / "run", *flags, **more) == 0 and same(whole, tmp_path / "run")
 
 
+def in_a_child(work):
+    """Start work() in a fork of this process; its number."""
+    if (child := os.fork()) == 0:
+        with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            work()
+        os._exit(0)
+    return child
+
+
+@pytest.mark.parametrize("trial", range(KILLS))
+def test_a_killed_run_goes_on_to_the_same_bits(chain, unbroken, tmp_path, trial):
+    """SIGKILL at a random moment of a run that saves after every step: while it trains, saves or is scored."""
+    stage = ("prune", "fill", "dense")[trial % 3]
+    (flags, more), whole = STAGES[stage], unbroken(stage)
+
+    def work():
+        train(chain, tmp_path / "run", *flags, "--checkpoint-every", "0", **more)
+    began = time.monotonic()
+    os.waitpid(in_a_child(work), 0)
+    took, seed = time.monotonic() - began, random.random()
+    assert same(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    child = in_a_child(work)
+    time.sleep(took * seed)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    work()
+    assert same(whole, tmp_path / "run"), (seed, left)
+    assert read(tmp_path / "run/results.json")["f1"] == read(whole / "results.json")["f1"]
+
+
 def test_a_run_broken_after_its_last_step_is_scored_without_training(chain, unbroken, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -392,6 +428,14 @@ def test_what_is_not_its_own_is_left_alone(chain, tmp_path, capsys, command, out
     ("--method hybrid --fill", "--fill ", None),
     ("--epochs 0", "--epochs 0.0: it must be over 0", None),
     ("--lr nan", "--lr nan", None),
+    ("--questions 0", "--questions 0: it must be over 0", None),
+    ("--threshold 0.5", "--threshold 0.5", None),
+    ("--method block --score-lr 1 --block 0x4", "--block 0x4", None),
+    ("--method hybrid --final-lambda -1", "--final-lambda -1.0: it must be 0 or more", None),
+    ("--v2 --null-threshold inf", "--null-threshold inf", None),
+    ("--v2", "neither train-v2.0.json nor", None),
+    ("--data {}/bert/config.json", "Not a directory.*config.json", None),
+    ("--init {}/bert/config.json", "config.json: no model folder", None),
     ("--lr 1e30", "run: .*step 1.*loss.* nan", None),
     ("--max-length 80", "--max-length 80 is over the model.s 64", None),
     ("--max-length 24", "--max-length 24: .*--stride 8", None),
@@ -416,6 +460,133 @@ def test_what_is_refused_and_a_corrected_second_try(home, tmp_path, capsys, flag
     flags = flags.format(tmp_path if change else home).split()
     assert train(home, tmp_path / "run", *SHORT, *flags) == 2 and re.search(said, one_line(capsys))
     assert train(home, tmp_path / "run", *SHORT, "--epochs", "0.1") == 0 and (tmp_path / "run/results.json").exists()
+
+
+def lying(**changes):
+    """A safetensors file whose header says something else of the first tensor of a sound one."""
+    def damage(folder):
+        raw = (folder / "model.safetensors").read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:8 + size])
+        next(row for name, row in header.items() if name != "__metadata__").update(changes)
+        text = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size:])
+    return damage
+
+
+def rewrite(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def config(**changes):
+    return rewrite("config.json", lambda raw: json.dumps({k: v for k, v in (json.loads(raw) | changes).items() if v is not ...}).encode())
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"bert.pooler.dense.bias": Evil()}, folder / "pytorch_model.bin")
+
+
+DAMAGE = {  # what was done to a model folder → what is said of it
+    "a longer vocabulary": (rewrite("vocab.txt", lambda raw: raw + b"more\n"), "vocab.txt: .* words for .* embeddings"),
+    "a vocabulary without [UNK]": (rewrite("vocab.txt", lambda raw: raw.replace(b"[UNK]", b"x")), "vocab.txt"),
+    "no vocabulary": (lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt is missing"),
+    "a vocabulary that is no text": (rewrite("vocab.txt", lambda raw: b"\xff\xfe" + raw), "vocab.txt"),
+    "weights cut off": (rewrite("model.safetensors", lambda raw: raw[:-9]), "model.safetensors: not a sound"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+    "empty weights": (rewrite("model.safetensors", lambda raw: b""), "model.safetensors: not a sound"),
+    "a pickle in place of weights": (rewrite("model.safetensors", lambda raw: pickle.dumps(Evil())), "not a sound safetensors"),
+    "a pickle that runs code": (pickled, "pytorch_model.bin: not a file of tensors alone"),
+    "a header of 2^63 bytes": (rewrite("model.safetensors", lambda raw: (2 ** 63).to_bytes(8, "little") + raw[8:]), "cut off"),
+    "a negative offset": (lying(data_offsets=[-8, 0]), "not a sound"), "huge offsets": (lying(data_offsets=[0, 2 ** 62]), "not a sound"),
+    "overlapping tensors": (lying(data_offsets=[4, 8]), "not a sound"), "another dtype": (lying(dtype="F16"), "not a sound"),
+    "an unknown dtype": (lying(dtype="Q4"), "not a sound"), "a huge shape": (lying(shape=[2 ** 40, 2 ** 40]), "not a sound"),
+    "a config cut off": (rewrite("config.json", lambda raw: raw[:-5]), "config.json: not JSON"),
+    "a config that is a list": (rewrite("config.json", lambda raw: b"[]"), "config.json: a JSON object"),
+    "a missing key": (config(hidden_size=...), "hidden_size missing"), "an impossible value": (config(hidden_size=25), "num_attention_heads"),
+    "a key too much": (config(heads=[3, 3, 3]), "heads is"), "a value of another type": (config(vocab_size="40"), "vocab_size"),
+    "another model": (config(model_type="gpt2"), "not a BERT"), "another width": (config(intermediate_size=41), "by config.json"),
+    "another depth": (config(num_hidden_layers=1), "not known here"), "no folder": (shutil.rmtree, "no model folder")}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_model_folder_is_refused(home, tmp_path, capsys, monkeypatch, what):
+    """In one line, as --init and as --teacher; no run folder is made, and no code of a file is run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "bert", tmp_path / "bad")
+    DAMAGE[what][0](tmp_path / "bad")
+    for folders in (dict(init=tmp_path / "bad"), dict(teacher=tmp_path / "bad")):
+        assert train(home, tmp_path / "run", *SHORT, **folders) == 2
+        assert re.search(DAMAGE[what][1], one_line(capsys)) and not (tmp_path / "run").exists()
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("folder", ["run", "an \"odd\" folder's $name"])
+def test_a_folder_in_use_is_refused_and_then_free(home, tmp_path, capsys, folder):
+    with ts.held(tmp_path / folder):
+        assert train(home, tmp_path / folder, *SHORT) == 2 and "another process is at work" in one_line(capsys)
+    assert not list((tmp_path / folder).iterdir())
+    assert train(home, tmp_path / folder, *SHORT) == 0
+    assert compact.main([f"{tmp_path}/{folder}", "--out", f"{tmp_path}/{folder} compact"]) == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoint.pt"])
+def test_a_full_disk_is_an_error_of_one_line_and_the_run_goes_on(chain, unbroken, tmp_path, capsys, name):
+    """No file may grow beyond the size that the named one has, less 9 bytes."""
+    flags, more = STAGES["prune"]
+    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE), (unbroken("prune") / name).stat().st_size - 9
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        code = train(chain, tmp_path / "run", *flags, **more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and re.search("checkpoint.pt cannot be written" if name == "checkpoint.pt" else "File too large", one_line(capsys))
+    assert not list(tmp_path.glob("run/*.tmp"))
+    assert train(chain, tmp_path / "run", *flags, **more) == 0 and same(unbroken("prune"), tmp_path / "run")
+
+
+def test_an_unknown_flag_is_refused(home, tmp_path, capsys):
+    for flags in (["--lamda", "3"], ["--epoch", "3"], ["--method", "magnitude"], ["--fill", "yes"]):
+        with pytest.raises(SystemExit, match="2"):
+            train(home, tmp_path / "run", *flags)
+        assert flags[0] in capsys.readouterr().err or "yes" in flags
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_older_than_their_weights_are_seen(chain, tmp_path, capsys):
+    """By the weights' sha256, not by a clock: compare refuses them, the same command scores them again."""
+    flags, more = STAGES["dense"]
+    assert train(chain, tmp_path / "run", *flags, **more) == 0 == compact.main([f"{tmp_path}/run", "--out", f"{tmp_path}/small"])
+    weights, results = tmp_path / "run/model.safetensors", read(tmp_path / "run/results.json")
+    assert results["weights_sha256"] == sha256(weights.read_bytes())
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    capsys.readouterr()
+    assert compact.main(["--compare", f"{tmp_path}/run", "--batch", "2", "--length", "48"]) == 2 and "not of the weights" in one_line(capsys)
+    assert train(chain, tmp_path / "run", *flags, **more) == 0 and "finished before" not in capsys.readouterr().out
+    assert weights.read_bytes() == good and read(tmp_path / "run/results.json")["f1"] == results["f1"]
+    assert compact.main([f"{tmp_path}/run", "--out", f"{tmp_path}/small"]) == 0 and "finished before" in capsys.readouterr().out
+
+
+def test_odd_answers_passages_and_questions_are_counted_and_said(home, tmp_path, capsys):
+    """An answer off its offset is left out, a question too long is cut, an empty passage is answered with nothing."""
+    shutil.copytree(home / "data", tmp_path / "data")
+    for part in ("train", "dev"):
+        tree = read(tmp_path / f"data/{part}-v1.1.json")
+        paragraphs = tree["data"][0]["paragraphs"]
+        paragraphs[0]["qas"][0]["answers"][0]["answer_start"] += 1
+        paragraphs[1]["qas"][0]["question"] = "Where was " * 30
+        paragraphs[2]["context"] = ""
+        write_json(tmp_path / f"data/{part}-v1.1.json", tree)
+    assert train(home, tmp_path / "run", "--epochs", "0.1", "--data", str(tmp_path / "data")) == 0
+    assert "4 skipped (no answer at its offset), 1 cut (too long)" in capsys.readouterr().out     # 1 and the 3 of the empty passage
+    predictions = read(tmp_path / "run/predictions.json")
+    assert len(predictions) == DEV and [predictions[qa["id"]] for qa in paragraphs[2]["qas"]] == [""] * 3
 
 
 @pytest.mark.parametrize("wrong", ["another shape", "cut off"])

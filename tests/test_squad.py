@@ -96,6 +96,19 @@ def test_offsets_slice_back_to_the_word_pieces(tokenizer):
     assert [len(x) for i in (0, 1) for x in texts[len(TEXTS) + i]] == [0] * 4
 
 
+def test_a_passage_of_100000_characters(tokenizer):
+    """Accents, emoji, right-to-left text and control characters: every word piece is in a window, and slices back."""
+    text = (" ".join(TEXTS) * 60)[:100_000]
+    features = Features(squad_of((text, "moon " * 70, "moon", 0)), tokenizer, Config(), training=False)
+    (ids, chars), seen = features.passages[0], set()
+    for row, (_, asked, first, count, _, _) in enumerate(features.rows.tolist()):
+        assert asked == 64 and asked + count + 3 <= 384
+        seen |= set(range(first, first + count))
+        for k in (first, first + count // 2, first + count - 1):
+            assert features.text(row, k - first + 66, k - first + 66) == text[chars[k, 0]:chars[k, 1]]
+    assert seen == set(range(len(ids))) and features.cut == 1 and len(ids) > 20_000 and len(text) == 100_000
+
+
 def questions_on(tokenizer, texts) -> ts.Squad:
     """Answers from one word piece's border to another's, and some that cut word pieces in two."""
     rng, rows = random.Random(7), []
@@ -277,7 +290,7 @@ def as_file(truths, context="x"):
 def test_score_is_that_of_the_official_scorer(tmp_path, capsys):
     rng, parts = random.Random(4), [*"aAxXy.,-_²’\u00a0\t   ", "an", "The", "the", "e\u0301", "é", "İ"]
     text = lambda: "".join(rng.choices(parts, k=rng.randrange(9)))
-    truths = {str(i): [text() for _ in range(rng.randrange(1, 4))] for i in range(300)}
+    truths = {str(i): [text() for _ in range(rng.randrange(1, 4))] for i in range(2000)}
     found = {i: rng.choice([text(), texts[0].upper() + ".", texts[-1] + " x"]) for i, texts in truths.items() if i != "7"}
     for i in truths:
         assert ts.score(found, {i: truths[i]}) == pytest.approx(official(found, {i: truths[i]})), (found.get(i), truths[i])
@@ -296,6 +309,9 @@ def test_published_predictions_score_as_published(tmp_path, capsys):
     (tmp_path / "found.json").write_bytes(lzma.decompress(packed))
     assert ts.main(["--score", f"{tmp_path}/found.json", f"{SQUAD}/dev-v1.1.json"]) == 0
     assert json.loads(capsys.readouterr().out) == pytest.approx({"exact_match": 86.206, "f1": 92.196}, abs=5e-4)
+    truths, found = ts.read_squad(SQUAD, "dev-v1.1.json").truths(), json.loads((tmp_path / "found.json").read_bytes())
+    for i, (exact, f1) in ts.question_scores(found, truths).items():
+        assert official(found, {i: truths[i]}) == pytest.approx({"exact_match": 100 * exact, "f1": 100 * f1})
 
 
 # ---------------------------------------------------------------------------- v2: no answer is an answer
