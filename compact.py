@@ -11,6 +11,7 @@ nn_pruning/inference_model_patcher.py), but exact where they are not.
 Comments: `# Differs:` marks a deviation from the authors, `# Note:` a remark of ours.
 """
 import argparse
+import copy
 import dataclasses
 import hashlib
 import math
@@ -19,12 +20,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import blockprune
-from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors, load_model, load_tokenizer, read_json,
+from bert import (BertConfig, BertForQuestionAnswering, SelfAttention, hf_tensors, load_model, load_tokenizer, read_json,
                   read_safetensors, save_model, write_json, write_safetensors)
 
 # ------------------------------------------------------------------------------------- compaction
@@ -33,57 +36,76 @@ from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors,
 def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
     """A smaller model with the same function: in eval mode, for rows with at least one real token.
 
-    model: masked, baked, dense or compacted, of finite weights; it is left as it is. A head goes where it adds nothing
-    or a constant, an FFN dimension likewise, and the constants go into the bias that follows:
+    model: masked, baked, dense or compacted, of finite weights; it is left as it is. Heads and FFN dimensions
+    that add nothing or a constant go, and the constants go into the bias that follows: see cut_heads() and
+    cut_dimensions(), which works for any two linears.
+
+    # Differs: the reference drops the constants, and keeps one head and one dimension in every layer.
+    """
+    small = blockprune.bake(copy.deepcopy(model))
+    for layer in small.bert.layers:
+        layer.attention.heads = cut_heads(layer.attention, model.config.head_size)
+        layer.ffn.width = cut_dimensions(layer.ffn.fc1, layer.ffn.fc2, layer.ffn.act)
+    small.config = dataclasses.replace(model.config, heads=[layer.attention.heads for layer in small.bert.layers],
+                                       ffn=[layer.ffn.width for layer in small.bert.layers])
+    return small
+
+
+@torch.no_grad()
+def cut_heads(a: SelfAttention, D: int) -> int:
+    """Remove, in place, the heads of size D that add nothing or a constant; how many are left.
 
         O columns of the head all 0                              adds nothing
         V rows all 0: its values are the bias bᵥ, whatever
             the attention is (a row of it sums to 1)             adds O bᵥ
-        column j of fc2 all 0                                    adds nothing
-        row j of fc1 all 0: its activation is act(b₁[j])         adds act(b₁[j]) · fc2[:, j]
 
-    # Differs: the reference drops the constants, and keeps one head and one dimension in every layer.
     # Differs: the reference removes a head as soon as one of Q, K and V is empty. With Q or K empty
     # attention no longer looks at the tokens, but the head still adds a mean of V: here it stays.
     """
-    c, D = model.config, model.config.head_size
-    tensors = dict(hf_tensors(model))       # a masked weight reads as W ⊙ M(S)
-    heads, widths = [], []
-    for i in range(c.num_hidden_layers):
-        query, key, value = (f"encoder.layer.{i}.attention.self.{x}" for x in ("query", "key", "value"))
-        out, fc1, fc2 = (f"encoder.layer.{i}.{x}.dense" for x in ("attention.output", "intermediate", "output"))
-
-        V, bV, O = (tensors[x].double() for x in (value + ".weight", value + ".bias", out + ".weight"))
-        kept = (V.view(-1, D, V.shape[1]) != 0).flatten(1).any(1) & (O.view(len(O), -1, D) != 0).any(2).any(0)
-        rows = kept.repeat_interleave(D)                                    # (H · D)
-        fold(tensors, out, O[:, ~rows] @ bV[~rows])
-        for name in (query, key, value):
-            for leaf in (".weight", ".bias"):
-                tensors[name + leaf] = tensors[name + leaf][rows]
-        tensors[out + ".weight"] = tensors[out + ".weight"][:, rows]
-        heads.append(int(kept.sum()))
-
-        W1, b1, W2 = (tensors[x].double() for x in (fc1 + ".weight", fc1 + ".bias", fc2 + ".weight"))
-        rows = (W1 != 0).any(1) & (W2 != 0).any(0)                          # (F)
-        fold(tensors, fc2, W2[:, ~rows] @ ACTIVATIONS[c.hidden_act](b1[~rows]))
-        for leaf in (".weight", ".bias"):
-            tensors[fc1 + leaf] = tensors[fc1 + leaf][rows]
-        tensors[fc2 + ".weight"] = tensors[fc2 + ".weight"][:, rows]
-        widths.append(int(rows.sum()))
-
-    like = model.qa_outputs.weight
-    with torch.random.fork_rng(devices=[]):     # Note: a new model draws random numbers; ours are not to move
-        small = BertForQuestionAnswering(dataclasses.replace(c, heads=heads, ffn=widths))
-    small.to(like.device, like.dtype).train(model.training)
-    for name, place in hf_tensors(small).items():
-        place.copy_(tensors[name])
-    return small
+    V, bV, O = (t.double() for t in (a.value.weight, a.value.bias, a.out.weight))
+    kept = (V.view(-1, D, V.shape[1]) != 0).flatten(1).any(1) & (O.view(len(O), -1, D) != 0).any(2).any(0)
+    rows = kept.repeat_interleave(D)                                        # (H · D)
+    fold(a.out, O[:, ~rows] @ bV[~rows])
+    for linear in (a.query, a.key, a.value):
+        keep(linear, rows, dim=0)
+    keep(a.out, rows, dim=1)
+    return int(kept.sum())
 
 
-def fold(tensors: dict[str, Tensor], linear: str, constant: Tensor) -> None:
-    """Add a constant output (fp64) to the bias of a linear layer."""
-    bias = tensors[linear + ".bias"]
-    tensors[linear + ".bias"] = (bias.double() + constant).to(bias.dtype)
+@torch.no_grad()
+def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tensor]) -> int:
+    """Remove, in place, the inner dimensions of fc2(act(fc1(x))) that add nothing or a constant; how many are left.
+
+        column j of fc2 all 0                                    adds nothing
+        row j of fc1 all 0: its activation is act(b₁[j])         adds act(b₁[j]) · fc2[:, j]
+
+    fc1, fc2: any two linears, (F, in) and (out, F), baked, with or without biases; act works on single numbers.
+    A constant makes a bias of fc2 where there was none. ValueError if fc2 does not take what fc1 gives.
+    """
+    W1, W2 = fc1.weight.double(), fc2.weight.double()
+    if parametrize.is_parametrized(fc1) or parametrize.is_parametrized(fc2) or len(W1) != W2.shape[1]:
+        raise ValueError(f"two plain linears are expected, with as many outputs as inputs: {fc1}, {fc2}")
+    b1 = W1.new_zeros(len(W1)) if fc1.bias is None else fc1.bias.double()
+    kept = (W1 != 0).any(1) & (W2 != 0).any(0)                              # (F)
+    fold(fc2, W2[:, ~kept] @ act(b1[~kept]))
+    keep(fc1, kept, dim=0)
+    keep(fc2, kept, dim=1)
+    return int(kept.sum())
+
+
+def fold(linear: nn.Linear, constant: Tensor) -> None:
+    """Add a constant output (fp64) to the bias."""
+    if linear.bias is not None or constant.any():
+        bias = 0 if linear.bias is None else linear.bias.double()
+        linear.bias = nn.Parameter((bias + constant).to(linear.weight.dtype))
+
+
+def keep(linear: nn.Linear, kept: Tensor, dim: int) -> None:
+    """Leave only some of the outputs (dim 0), with their biases, or of the inputs (dim 1)."""
+    linear.weight = nn.Parameter(linear.weight[:, kept] if dim else linear.weight[kept])
+    if dim == 0 and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias[kept])
+    linear.out_features, linear.in_features = linear.weight.shape
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bert import ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors, load_model, save_model
 from blockprune import bake, masks, set_threshold
-from compact import (benchmark, check, compact, count_parameters, draw, flops, heads_authors_rule, mask_rows,
+from compact import (benchmark, check, compact, count_parameters, cut_dimensions, draw, flops, heads_authors_rule, mask_rows,
                      write_results)
 from train_squad import Config, Squad, add_masks, best_spans
 
@@ -313,6 +313,54 @@ def test_gradients_flow():
         if p.numel():
             assert p.grad.any() or name.endswith("key.bias"), name  # which moves all scores of a query alike
             torch.testing.assert_close(p.grad, before[name].grad)
+
+
+# --------------------------------------------------------------------------------- other places
+
+
+def test_a_compact_model_is_exported_with_empty_layers_and_any_batch_and_length():
+    model = without("the layer").float()
+    model.bert.layers[0].attention.out.weight.data[:, SECOND] = 0
+    small = compact(model)
+    assert (small.config.heads, small.config.ffn) == ([2, 0], [7, 0])
+    B, T = torch.export.Dim("B", max=64), torch.export.Dim("T", max=9)
+    exported = torch.export.export(small, random_inputs(small.config), dynamic_shapes=({0: B, 1: T},) * 3).module()
+    for rows, length in ((3, 8), (1, 9), (7, 2), (5, 5)):
+        inputs = random_inputs(small.config, rows, length)
+        assert_same(logits(exported, inputs), logits(small, inputs), 1e-6)
+
+
+def test_live_a_baked_model_opens_in_transformers(tmp_path):
+    """At full size, its zeros in place."""
+    transformers = pytest.importorskip("transformers")
+    model = tiny()
+    add_masks(model, "hybrid", "4x3")
+    set_threshold(model, 0.1)
+    for mask in masks(model):
+        mask.scores.data.flatten()[::2] = DEAD
+    inputs = random_inputs(model.config)
+    save_model(model, tmp_path)
+    theirs = transformers.BertForQuestionAnswering.from_pretrained(tmp_path).eval()
+    found = theirs(input_ids=inputs[0], token_type_ids=inputs[1], attention_mask=inputs[2].long())
+    assert_same(torch.stack([found.start_logits, found.end_logits])[:, inputs[2]].detach(), logits(model, inputs), 1e-5)
+    assert sum(int((p == 0).sum()) for p in theirs.parameters()) > 300
+
+
+@pytest.mark.parametrize("bias", [(True, True), (True, False), (False, True), (False, False)])
+def test_dimensions_of_any_two_linears(bias):
+    """Inner dimension 1 is empty before, 3 after, 4 on both sides; softplus(0) = log 2 is no zero even without a bias."""
+    fc1, fc2 = nn.Linear(5, 6, bias=bias[0]).double(), nn.Linear(6, 4, bias=bias[1]).double()
+    with torch.no_grad():
+        fc1.weight[[1, 4]], fc2.weight[:, [3, 4]] = 0, 0
+        x = torch.randn(7, 5).double()
+        expected = fc2(nn.functional.softplus(fc1(x)))
+        assert cut_dimensions(fc1, fc2, nn.functional.softplus) == 3
+        assert_same(fc2(nn.functional.softplus(fc1(x))), expected)
+    assert (fc1.out_features, fc2.in_features, fc1.weight.shape, fc2.weight.shape) == (3, 3, (3, 5), (4, 3))
+    assert fc1.bias is None if not bias[0] else len(fc1.bias) == 3
+    assert fc2.bias is not None and cut_dimensions(fc1, fc2, nn.functional.softplus) == 3
+    with pytest.raises(ValueError, match="as many outputs as inputs"):
+        cut_dimensions(fc2, fc1, nn.functional.relu)
 
 
 # --------------------------------------------------------------------------------- counts, by hand
