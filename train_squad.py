@@ -5,6 +5,8 @@
     python compact.py R/hybrid --data D --out R/hybrid-compact
     python train_squad.py --data D --init R/hybrid-compact --teacher R/teacher --fill --out R/filled
     python train_squad.py --score PREDICTIONS.json DEV.json                              the official EM and F1
+    python train_squad.py --ask R/filled                                                 try it on a text of yours
+    torchrun --nproc_per_node=2 train_squad.py …                                         any of the trainings, in two processes
 
 After Lagunas et al. 2021 and its code, huggingface/nn_pruning at 0cef2b2, cited as [R:file].
 With five minutes, read add_masks(), loss_terms() and train().
@@ -38,6 +40,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import blockprune
@@ -507,6 +510,26 @@ def loss_terms(student, teacher, batch: dict, T: float) -> tuple[torch.Tensor, t
 
 # ---------------------------------------------------------------------------------------- training
 
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are. torchrun's are joined; each is given its part of every batch."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        if cuda := torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def mean_of_all(*numbers: float) -> list[float]:
+    """The mean of each number over the processes."""
+    if not dist.is_initialized():
+        return list(numbers)
+    sums = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(sums)
+    return (sums / dist.get_world_size()).tolist()
+
+
 def rate(step: int, total: int, warmup: int) -> float:
     """The factor of all learning rates: up in a line over the warm-up, then down in a line to 0.
 
@@ -539,7 +562,7 @@ def plan(config: Config, windows: int) -> tuple[int, int]:
 
 def train(model: BertForQuestionAnswering, teacher, features: Features, config: Config) -> float:
     """Ordinary fine-tuning; what stands under each `if pruning:` is what pruning adds. Returns its seconds."""
-    out, device, pruning = Path(config.out), config.device, config.method != "dense"
+    out, device, pruning, (rank, world) = Path(config.out), config.device, config.method != "dense", processes()
     total, warmup = plan(config, len(features))
     for layer in model.bert.layers:
         layer.attention.dropout = config.attention_dropout
@@ -547,7 +570,11 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
     optimizer = torch.optim.AdamW(blockprune.parameter_groups(model, config.lr, config.score_lr, config.weight_decay),
                                   fused=True)
     taught = teach(teacher, features, config) if teacher else None
-    step, spent = restore(out / "checkpoint.pt", model, optimizer)
+    step, spent = restore(out / "checkpoint.pt", model, optimizer, rank)
+    forward = model
+    if world > 1:   # gradients become means over the processes
+        forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+        torch.manual_seed(config.seed + 1000 * step + rank)     # dropout of its own
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, warmup), last_epoch=step - 1)
     per_epoch, first, epoch, stop = math.ceil(len(features) / config.batch), step, -1, []
     began = saved = time.monotonic()
@@ -557,7 +584,9 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             if epoch != step // per_epoch:
                 epoch = step // per_epoch
                 batches = training_batches(features.lengths, config.batch, config.seed, epoch)
-            indices = batches[step % per_epoch]
+            whole = batches[step % per_epoch]
+            part = whole[rank::world]
+            indices, share = part if len(part) else whole[:1], world * len(part) / len(whole)
             batch = features.batch(indices, device)
             target = taught[indices, :, :batch["ids"].shape[1]].unbind(1) if teacher else None
             penalty, tau, lam = torch.zeros(()), 0.0, 0.0
@@ -565,8 +594,9 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
                 tau = threshold_at(step, config, total, warmup)
                 blockprune.set_threshold(model, tau)
             with autocast(config):
-                student = model.train()(batch["ids"], batch["types"], batch["real"])
+                student = forward.train()(batch["ids"], batch["types"], batch["real"])
             ce, kd = loss_terms(student, target, batch, config.temperature)
+            ce, kd = share * ce, share * kd     # so that their means over the processes are those over the whole batch
             loss = config.alpha_ce * ce + config.alpha_kd * kd if teacher else ce  # Paper: alone, ce counts whole
             if pruning:
                 penalty = blockprune.penalty(model, dict(attention=config.attention_lambda, dense=config.dense_lambda))
@@ -584,17 +614,20 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             now, lr = time.monotonic(), config.lr * rate(step - 1, total, warmup)
             if step % config.log_every == 0 or step == total:
                 speed, density = (step - first) / (now - began), blockprune.density(model)
-                line = dict(step=step, loss=loss.item(), ce=ce.item(), kd=kd.item(), penalty=penalty.item(),
-                            threshold=tau, density=density, lr=lr, examples_per_second=speed * config.batch)
-                with open(out / "log.jsonl", "a") as log:
-                    print(json.dumps(line | {"lambda": lam}), file=log)
-                print(f"{out.name} {step}/{total}  loss {loss.item():.3f}  ce {ce.item():.3f}"
+                loss, ce, kd = mean_of_all(loss.item(), ce.item(), kd.item())
+                line = dict(step=step, loss=loss, ce=ce, kd=kd, penalty=penalty.item(), threshold=tau,
+                             density=density, lr=lr, examples_per_second=speed * config.batch)
+                if rank == 0:
+                    with open(out / "log.jsonl", "a") as log:
+                        print(json.dumps(line | {"lambda": lam}), file=log)
+                print(f"{out.name} {step}/{total}  loss {loss:.3f}  ce {ce:.3f}"
                       + (f"  τ {tau:.3f}  density {density['all']:.3f}" if pruning else "") + f"  {speed * config.batch:.1f} "
                       f"examples/s, {(total - step) / speed / 60:.1f} min left", flush=True)
-            if stop or step == total or now - saved > config.checkpoint_every:
+            stopped, = mean_of_all(len(stop))   # by a signal to any of the processes
+            if rank == 0 and (stopped or step == total or now - saved > config.checkpoint_every):
                 save_checkpoint(out / "checkpoint.pt", model, optimizer, step, spent + now - began)
                 saved = now
-            if stop and step < total:
+            if stopped and step < total:
                 raise KeyboardInterrupt(f"{out}: stopped at step {step} of {total}, saved; the same command goes on")
     finally:
         for s, handler in handlers.items():
@@ -615,11 +648,11 @@ def save_checkpoint(path: Path, model, optimizer, step: int, seconds: float) -> 
             raise OSError(f"{path} cannot be written: {error}") from None
 
 
-def restore(path: Path, model, optimizer) -> tuple[int, float]:
-    """Take up the checkpoint, if there is one, and cut the log back to it: its step and seconds."""
+def restore(path: Path, model, optimizer, rank: int = 0) -> tuple[int, float]:
+    """Take up the checkpoint, if there is one, and cut the log back to it (process 0): its step and seconds."""
     log = path.with_name("log.jsonl")
     if not path.exists():
-        log.unlink(missing_ok=True)
+        _ = rank or log.unlink(missing_ok=True)
         return 0, 0.0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -630,8 +663,9 @@ def restore(path: Path, model, optimizer) -> tuple[int, float]:
         raise ValueError(f"{path}: damaged, or of another model: {' '.join(str(error).split()[:20])}") from None
     if state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]))
+    if rank == 0:
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]))
     print(f"{path.parent}: going on from step {state['step']}")
     return state["step"], state["seconds"]
 
@@ -694,13 +728,19 @@ def run(config: Config, command: str) -> None:
     if config.method != "dense":
         plan(config, len(features))     # before the folder is claimed: it may refuse
         add_masks(model, config.method, config.block)
-    with held(Path(config.out)):
-        if claim(config, command):
+    rank, world = processes()
+    with held(Path(config.out)) if rank == 0 else contextlib.nullcontext():
+        finished = [rank == 0 and claim(config, command)]
+        if world > 1:
+            dist.broadcast_object_list(finished)
+        if finished[0]:
             return print(f"{config.out}: finished before, its results.json is there")
         name = "the built-in made-up corpus, NOT SQuAD," if Path(config.data).name == "builtin" else config.data
         print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, {config.device}, "
               f"{config.precision}; {features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
         seconds = train(model, teacher, features, config)
+        if rank:
+            return      # one process writes and is scored
         if config.method == "dense":
             save_model(model, config.out, vocab)
         else:
@@ -710,6 +750,26 @@ def run(config: Config, command: str) -> None:
         scores = evaluate(model, Features(dev, tokenizer, config, training=False), config, config.out)
         write_results(config.out, model, config, training, dev, command=command, **scores, seconds=seconds)
         print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}, {len(dev.questions)} questions of {name}")
+
+
+@torch.no_grad()
+def ask(folder: str) -> None:
+    """A passage and questions from the terminal, one line each: the best span, its logits' sum, milliseconds."""
+    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
+    longest = min(384, model.config.max_position_embeddings)
+    config = Config(max_length=longest, stride=longest // 3, max_question=longest // 6)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {parameters / 1e6:.1f} M parameters. Give a passage, then questions; an empty line ends.")
+    passage = input("passage:  ")
+    while question := input("question: "):
+        began = time.perf_counter()
+        features = Features(Squad([passage], [("", question, 0, [])], ""), tokenizer, config, training=False)
+        batch = features.batch(np.arange(len(features)))
+        logits = model(batch["ids"], batch["types"], batch["real"])
+        value, i, j = best_spans(*logits, batch["context"], config.max_answer)
+        row = int(value.argmax())
+        text = features.text(row, int(i[row]), int(j[row])) if value[row] > -math.inf else ""
+        print(f"          {text!r}, score {value[row]:.1f}, {1000 * (time.perf_counter() - began):.0f} ms")
 
 
 def parse(argv: list[str] | None) -> dict:
@@ -725,13 +785,18 @@ def parse(argv: list[str] | None) -> dict:
         parser.add_argument("--" + field.name.replace("_", "-"), **how,
                             help=" ".join(comments[field.name].replace("%", "%%").split()))
     parser.add_argument("--score", nargs=2, metavar=("PREDICTIONS", "DEV"), help="print EM and F1 of a file")
+    parser.add_argument("--ask", metavar="FOLDER", help="answer questions on a passage, from the terminal")
     return vars(parser.parse_args(argv))
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
-        if files := arguments.pop("score"):
+        files, folder = arguments.pop("score"), arguments.pop("ask")
+        if folder:
+            with contextlib.suppress(EOFError):
+                ask(folder)
+        elif files:
             dev = Path(files[1].removesuffix(".xz"))
             predictions = {i: str(text) for i, text in read_json(files[0]).items()}
             print(json.dumps(score(predictions, read_squad(dev.parent, dev.name).truths())))

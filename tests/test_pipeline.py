@@ -252,6 +252,45 @@ def test_v2_trains_scores_and_compacts(chain, tmp_path, capsys):
     assert len(f1) == DEV and sum(f1.values()) / DEV == pytest.approx(learnt["f1"] / 100, abs=1e-4)
 
 
+def test_two_processes_follow_the_curve_of_one(chain, tmp_path, monkeypatch):
+    """Half of each batch each; the second time from a checkpoint. The last batch of an epoch is a single window."""
+    shutil.copytree(chain / "teacher", tmp_path / "bert")
+    config = read(tmp_path / "bert/config.json")
+    write_json(tmp_path / "bert/config.json", config | {"hidden_dropout_prob": 0.0})
+    flags, more = [*PRUNE, "--questions", "43", "--epochs", "5", "--lr", "1e-3"], dict(init=tmp_path / "bert", teacher="teacher")
+    assert train(chain, tmp_path / "one", *flags, **more) == 0
+    with monkeypatch.context() as patch:
+        break_at(patch, 5, signal.SIGINT)
+        assert train(chain, tmp_path / "broken", *flags, **more) == 130
+    for name in ("two", "broken"):
+        command = ["--data", f"{chain}/data", "--init", f"{tmp_path}/bert", "--teacher", f"{chain}/teacher", "--out", f"{tmp_path}/{name}"]
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                               f"{ROOT}/train_squad.py", *command, *FLAGS, *flags], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        one, two = log(tmp_path / "one"), log(tmp_path / name)
+        assert [line["step"] for line in two] == [line["step"] for line in one] == list(range(1, 26))
+        for a, b in zip(one, two):
+            assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4) for key in ("loss", "ce", "kd", "penalty")), (a, b)
+            assert a["threshold"] == b["threshold"] and a["density"]["all"] == pytest.approx(b["density"]["all"], abs=0.01)
+        for tensor, expected in zip(matrices(tmp_path / name).values(), matrices(tmp_path / "one").values()):
+            assert (tensor - expected).abs().mean() < 1e-4
+        assert (tmp_path / name / "results.json").exists()
+
+
+def test_questions_from_the_terminal(chain, monkeypatch, capsys):
+    paragraph, question = dev_questions(chain)[0]
+    typed = iter([paragraph["context"], question["question"], "what " * 70, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert ts.main(["--ask", f"{chain}/small"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r" +'(.*)', score (-?[\d.]+), \d+ ms", line) for line in lines[1:]]
+    assert len(found) == 2 and all(match[1] in paragraph["context"] for match in found)
+    assert found[0][1] == read(chain / "small/predictions.json")[question["id"]]
+    typed = iter(["", "who?", EOFError])
+    assert ts.main(["--ask", f"{chain}/bert/nowhere"]) == 2 and "no model folder" in one_line(capsys)
+
+
 # --------------------------------------------------------------------------- what results.json is of
 
 

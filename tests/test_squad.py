@@ -589,7 +589,7 @@ def test_every_setting_is_a_flag_with_its_comment_as_help(capsys):
         wanted = "--" + name.replace("_", "-") + r"([A-Z_]+|\{.*?\})?" + re.escape("".join(comment.split()).replace("%%", "%"))
         assert re.search(wanted, printed), name
     given = ts.parse("--epochs 0.5 --questions 7 --fill --final-lambda 3 --data d".split())
-    assert given.pop("score") is None
+    assert given.pop("score") is None and given.pop("ask") is None
     assert Config(**given) == Config(epochs=0.5, questions=7, fill=True, final_lambda=3.0, data="d")
     for wrong in ("--no-such 1", "--epoch 1", "--questions 1.5", "--fill yes", "--method hybird", "--preset big"):
         with pytest.raises(SystemExit) as end:
