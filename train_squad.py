@@ -611,18 +611,14 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             optimizer.step()
             schedule.step()
             step += 1
-            now, lr = time.monotonic(), config.lr * rate(step - 1, total, warmup)
+            now = time.monotonic()
             if step % config.log_every == 0 or step == total:
-                speed, density = (step - first) / (now - began), blockprune.density(model)
                 loss, ce, kd = mean_of_all(loss.item(), ce.item(), kd.item())
-                line = dict(step=step, loss=loss, ce=ce, kd=kd, penalty=penalty.item(), threshold=tau,
-                             density=density, lr=lr, examples_per_second=speed * config.batch)
                 if rank == 0:
-                    with open(out / "log.jsonl", "a") as log:
-                        print(json.dumps(line | {"lambda": lam}), file=log)
-                print(f"{out.name} {step}/{total}  loss {loss:.3f}  ce {ce:.3f}"
-                      + (f"  τ {tau:.3f}  density {density['all']:.3f}" if pruning else "") + f"  {speed * config.batch:.1f} "
-                      f"examples/s, {(total - step) / speed / 60:.1f} min left", flush=True)
+                    report(out, total, {
+                        "step": step, "loss": loss, "ce": ce, "kd": kd, "penalty": penalty.item(), "threshold": tau, "lambda": lam,
+                        "density": blockprune.density(model), "lr": config.lr * rate(step - 1, total, warmup),
+                        "examples_per_second": (step - first) * config.batch / (now - began)}, config.batch)
             stopped, = mean_of_all(len(stop))   # by a signal to any of the processes
             if rank == 0 and (stopped or step == total or now - saved > config.checkpoint_every):
                 save_checkpoint(out / "checkpoint.pt", model, optimizer, step, spent + now - began)
@@ -635,6 +631,16 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
     if pruning:
         blockprune.set_threshold(model, config.threshold)   # Paper: evaluation is at the final τ
     return spent + time.monotonic() - began
+
+
+def report(out: Path, total: int, line: dict, batch: int) -> None:
+    """A line of log.jsonl, and its like for the terminal."""
+    with open(out / "log.jsonl", "a") as log:
+        print(json.dumps(line), file=log)
+    pruning = "  τ {threshold:.3f}  density {density[all]:.3f}" if line["density"] else ""
+    left = (total - line["step"]) * batch / line["examples_per_second"] / 60
+    print((f"{out.name} {{step}}/{total}  loss {{loss:.3f}}  ce {{ce:.3f}}{pruning}  {{examples_per_second:.1f}} examples/s, "
+           f"{left:.1f} min left").format(**line), flush=True)
 
 
 def save_checkpoint(path: Path, model, optimizer, step: int, seconds: float) -> None:
