@@ -85,11 +85,9 @@ class BlockMask(nn.Module):
 
         A grid [a b] of 2 × 2 blocks on a 2 × 3 weight becomes [a a b]: broadcasting does the rows.
         """
-        mask = self.block_mask()
-        for dim in (0, 1):
-            if self.grid[dim] > 1:
-                mask = mask.repeat_interleave(self.block[dim], dim).narrow(dim, 0, self.shape[dim])
-        return mask
+        r, c = (size if blocks > 1 else 1 for size, blocks in zip(self.block, self.grid))
+        tiles = self.block_mask()[:, None, :, None].expand(-1, r, -1, c)        # (R/r, r, C/c, c)
+        return tiles.reshape(self.grid[0] * r, self.grid[1] * c)[:self.shape[0], :self.shape[1]]
 
     def forward(self, weight: Tensor) -> Tensor:
         return (weight.flatten(1) * self.weight_mask().to(weight.dtype)).view_as(weight)

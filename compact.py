@@ -3,7 +3,7 @@
     python compact.py R/hybrid --data D --out R/hybrid-compact        compact, check on real text, score
     python compact.py --compare R/teacher R/hybrid-compact R/filled --data D        the table, with speed
 
-compact() needs bert.py alone: heads and FFN dimensions go, the residual width E stays. After Lagunas
+compact() needs bert.py and blockprune.py: heads and FFN dimensions go, the residual width E stays. After Lagunas
 et al. 2021 (the authors call it compile and optimize_model, huggingface/nn_pruning at 0cef2b2,
 nn_pruning/inference_model_patcher.py), but exact where they are not.
 
@@ -82,9 +82,10 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
     fc1, fc2: any two linears, (F, in) and (out, F), baked, with or without biases; act works on single numbers.
     A constant makes a bias of fc2 where there was none. ValueError if fc2 does not take what fc1 gives.
     """
-    W1, W2 = fc1.weight.double(), fc2.weight.double()
-    if parametrize.is_parametrized(fc1) or parametrize.is_parametrized(fc2) or len(W1) != W2.shape[1]:
+    plain = all(isinstance(fc, nn.Linear) and not parametrize.is_parametrized(fc) for fc in (fc1, fc2))
+    if not plain or fc1.out_features != fc2.in_features:
         raise ValueError(f"two plain linears are expected, with as many outputs as inputs: {fc1}, {fc2}")
+    W1, W2 = fc1.weight.double(), fc2.weight.double()
     b1 = W1.new_zeros(len(W1)) if fc1.bias is None else fc1.bias.double()
     kept = (W1 != 0).any(1) & (W2 != 0).any(0)                              # (F)
     fold(fc2, W2[:, ~kept] @ act(b1[~kept]))
@@ -95,16 +96,17 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
 
 def fold(linear: nn.Linear, constant: Tensor) -> None:
     """Add a constant output (fp64) to the bias."""
-    if linear.bias is not None or constant.any():
-        bias = 0 if linear.bias is None else linear.bias.double()
-        linear.bias = nn.Parameter((bias + constant).to(linear.weight.dtype))
+    if constant.any():
+        bias = linear.weight.new_zeros(()) if linear.bias is None else linear.bias
+        linear.bias = nn.Parameter((bias.double() + constant).to(bias.dtype), linear.weight.requires_grad)
 
 
 def keep(linear: nn.Linear, kept: Tensor, dim: int) -> None:
     """Leave only some of the outputs (dim 0), with their biases, or of the inputs (dim 1)."""
-    linear.weight = nn.Parameter(linear.weight[:, kept] if dim else linear.weight[kept])
+    W = linear.weight
+    linear.weight = nn.Parameter(W[:, kept] if dim else W[kept], W.requires_grad)
     if dim == 0 and linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[kept])
+        linear.bias = nn.Parameter(linear.bias[kept], linear.bias.requires_grad)
     linear.out_features, linear.in_features = linear.weight.shape
 
 
@@ -229,16 +231,18 @@ RESULTS = ("exact_match", "f1", "exact_match_masked", "f1_masked", "max_abs_logi
            "threads", "precision", "data", "seed", "command", "seconds", "weights_sha256")
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+def weights_sha256(folder: str | Path) -> str:
+    """Of the weights in a model folder."""
+    path = Path(folder, "model.safetensors")
+    with open(path if path.exists() else path.with_name("pytorch_model.bin"), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scored(folder: Path) -> dict | None:
     """The results.json of a folder; None where there is none, or where it is not of the weights beside it."""
     results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
-    weights = folder / "model.safetensors"
-    return results if weights.is_file() and results.get("weights_sha256") == sha256(weights) else None
+    weights = (folder / "model.safetensors").is_file() and weights_sha256(folder)
+    return results if weights and results.get("weights_sha256") == weights else None
 
 
 def write_results(folder: str | Path, model: BertForQuestionAnswering, config, training, dev, **values) -> None:
@@ -255,7 +259,7 @@ def write_results(folder: str | Path, model: BertForQuestionAnswering, config, t
         parameters=counts, density=counts["linear_nonzero"] / counts["linear_dense"], heads=small.heads,
         heads_authors_rule=heads_authors_rule(model), ffn=small.ffn, device=config.device, data=data,
         threads=torch.get_num_threads(), precision=config.precision, seed=config.seed,
-        weights_sha256=sha256(Path(folder, "model.safetensors"))) | values
+        weights_sha256=weights_sha256(folder)) | values
     write_json(Path(folder, "results.json"), results)
 
 
@@ -290,15 +294,20 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None, command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
     import train_squad as ts
-    weights, source = sha256(folder / "model.safetensors"), [str(folder), data, v2, dev_questions]
-    if out.exists() and (out.is_file() or not (out / "run.json").is_file() and any(out.iterdir()) or (
-            out / "run.json").is_file() and read_json(out / "run.json").get("compacted") != source):
+    weights, source, began = weights_sha256(folder), [str(folder), data, v2, dev_questions], time.monotonic()
+    found = read_json(out / "run.json") if (out / "run.json").is_file() else {}
+    if out.is_file() or out.exists() and any(out.iterdir()) and found.get("compacted") != source:
         raise ValueError(f"{out} is there, and is not {folder} compacted and scored so: use another --out")
-    if scored(out) and read_json(out / "run.json").get("compacted_weights") == weights:
+    if scored(out) and found.get("compacted_weights") == weights:
         return print(f"{out}: finished before, its results.json is there")
-    began, settings = time.monotonic(), read_json(folder / "run.json", "settings")["settings"]
-    config = ts.settle(ts.Config(**{**settings, "data": data or settings["data"], "device": None, "v2": v2 or settings["v2"], "dev_questions":
-                                    settings["dev_questions"] if dev_questions is None else dev_questions}))
+    settings = read_json(folder / "run.json", "settings")["settings"]
+    try:
+        config = ts.Config(**settings)
+    except TypeError as error:
+        raise ValueError(f"{folder}/run.json: settings of another version: {error}") from None
+    config.data, config.v2, config.device = data or config.data, v2 or config.v2, None
+    config.dev_questions = config.dev_questions if dev_questions is None else dev_questions
+    config = ts.settle(config)
     dev = ts.read_squad(config.data, ts.file_name("dev", config.v2), config.dev_questions, config.seed)
     features = ts.Features(dev, load_tokenizer(folder), config, training=False)
     masked = load_pruning(folder).eval().to(config.device)
@@ -307,6 +316,8 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
     worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),
                   lambda s, e, context: ts.best_spans(s, e, context, config.max_answer))
     out.mkdir(parents=True, exist_ok=True)
+    for stale in ("results.json", "masks.json"):
+        (out / stale).unlink(missing_ok=True)
     write_json(out / "run.json", {**read_json(folder / "run.json"), "command": command, "compacted": source,
                                   "compacted_weights": weights})
     save_model(small, out, folder / "vocab.txt")
@@ -328,10 +339,10 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -
     results.json of one is not of its weights.
     """
     import train_squad as ts
-    data_of = [read_json(folder / "results.json", "data", "parameters", "f1")["data"] for folder in folders]
+    rows = [read_json(folder / "results.json", "data", "parameters", "f1") for folder in folders]
     if stale := [str(folder) for folder in folders if not scored(folder)]:
         raise ValueError(f"results.json is not of the weights beside it: {', '.join(stale)}. Run what made it again")
-    dev_sets = {(d["sha256"]["dev"], d["dev_questions"]) for d in data_of}
+    dev_sets = {(d["sha256"]["dev"], d["dev_questions"]) for d in (row["data"] for row in rows)}
     if len(dev_sets) > 1 or data and {sha for sha, _ in dev_sets} != {ts.read_squad(data, ts.file_name("dev", v2)).sha256}:
         raise ValueError("the models were not scored on the same dev questions")
     models = [load_model(folder) for folder in folders]
@@ -342,8 +353,7 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -
     print(f"\n{'model':16} {'EM':>6} {'F1':>6} {'linear':>8} {'density':>8} {'total':>8} {'heads':>7} {'FLOPs':>7} "
           f"{'ms':>7} {'speed':>6}")
     table = []
-    for folder, model, ms in zip(folders, models, times):
-        results = read_json(folder / "results.json")
+    for folder, results, model, ms in zip(folders, rows, models, times):
         results.update(latency_ms=ms, speedup=times[0] / ms, batch=batch, length=length,
                        flops_ratio=flops(models[0].config, length) / flops(model.config, length))
         write_json(folder / "results.json", results)

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 
 import blockprune
 from bert import BertForQuestionAnswering, load_model, load_tokenizer, read_json, replacing, save_model, write_json
-from compact import save_pruning, scored, write_results
+from compact import save_pruning, scored, weights_sha256, write_results
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -414,7 +414,7 @@ def predict(model: BertForQuestionAnswering, features: Features, config: Config)
     with autocast(config):
         for indices in evaluation_batches(features.lengths, config.device):
             batch = features.batch(indices, config.device)
-            start, end = model(batch["ids"], batch["types"], batch["real"])
+            start, end = (x.float() for x in model(batch["ids"], batch["types"], batch["real"]))
             spans, nothing = best_spans(start, end, batch["context"], config.max_answer), start[:, 0] + end[:, 0]
             for row, value, i, j, none in zip(indices, *(x.tolist() for x in (*spans, nothing))):
                 question = features.squad.questions[features.rows[row, 0]][0]
@@ -510,14 +510,16 @@ def loss_terms(student, teacher, batch: dict, T: float) -> tuple[torch.Tensor, t
 
 # ---------------------------------------------------------------------------------------- training
 
-def processes() -> tuple[int, int]:
-    """This process's number and how many there are. torchrun's are joined; each is given its part of every batch."""
+def processes(device: str) -> tuple[int, int]:
+    """This process's number and how many there are. torchrun's are joined; each trains on its part of every batch."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        if cuda := torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        if device == "cuda":
+            if (number := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+                raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs")
+            torch.cuda.set_device(number)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -562,22 +564,22 @@ def plan(config: Config, windows: int) -> tuple[int, int]:
 
 def train(model: BertForQuestionAnswering, teacher, features: Features, config: Config) -> float:
     """Ordinary fine-tuning; what stands under each `if pruning:` is what pruning adds. Returns its seconds."""
-    out, device, pruning, (rank, world) = Path(config.out), config.device, config.method != "dense", processes()
+    out, device, pruning, (rank, world) = Path(config.out), config.device, config.method != "dense", processes(config.device)
     total, warmup = plan(config, len(features))
     for layer in model.bert.layers:
         layer.attention.dropout = config.attention_dropout
     model.to(device)
     optimizer = torch.optim.AdamW(blockprune.parameter_groups(model, config.lr, config.score_lr, config.weight_decay),
                                   fused=True)
-    taught = teach(teacher, features, config) if teacher else None
     step, spent = restore(out / "checkpoint.pt", model, optimizer, rank)
+    began = saved = time.monotonic()
+    taught = teach(teacher, features, config) if teacher and step < total else None
     forward = model
     if world > 1:   # gradients become means over the processes
         forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
         torch.manual_seed(config.seed + 1000 * step + rank)     # dropout of its own
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, warmup), last_epoch=step - 1)
     per_epoch, first, epoch, stop = math.ceil(len(features) / config.batch), step, -1, []
-    began = saved = time.monotonic()
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while step < total:
@@ -623,6 +625,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             if rank == 0 and (stopped or step == total or now - saved > config.checkpoint_every):
                 save_checkpoint(out / "checkpoint.pt", model, optimizer, step, spent + now - began)
                 saved = now
+            mean_of_all(0) if stopped else None     # the others wait until it is saved
             if stopped and step < total:
                 raise KeyboardInterrupt(f"{out}: stopped at step {step} of {total}, saved; the same command goes on")
     finally:
@@ -665,10 +668,9 @@ def restore(path: Path, model, optimizer, rank: int = 0) -> tuple[int, float]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])
     except Exception as error:  # of whatever kind: pickle, zip and struct have their own
         raise ValueError(f"{path}: damaged, or of another model: {' '.join(str(error).split()[:20])}") from None
-    if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
     if rank == 0:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]))
@@ -684,20 +686,27 @@ def held(out: Path):
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another process is at work in it") from None
+        for path in out.glob("*.tmp"):  # of one that was killed while it wrote
+            path.unlink()
         yield
-    except BlockingIOError:
-        raise ValueError(f"{out}: another process is at work in it") from None
     finally:
         os.close(folder)
 
 
-def claim(config: Config, command: str) -> bool:
-    """Make the run folder ours; True if its run is finished. ValueError if it holds another run."""
+def claim(config: Config, command: str, contents: dict) -> bool:
+    """Make the run folder ours; True if its run is finished. ValueError if it holds another run.
+
+    contents: the sha256 of what the run starts from; like the settings, they must be what they were.
+    """
     out, settings = Path(config.out), {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
     found = read_json(out / "run.json") if (out / "run.json").is_file() else {}
     if type(old := found.get("settings")) is dict and "compacted" not in found:
-        differ = [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in settings.items() if old.get(k) != v]
+        old = {**contents, **old, **found.get("contents", {})}
+        differ = [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in (settings | contents).items() if old.get(k) != v]
         if differ and ((out / "checkpoint.pt").exists() or (out / "results.json").exists()):
             raise ValueError(f"{out} holds a run of other settings: {', '.join(differ)}. Use another --out")
         if not differ:
@@ -707,7 +716,7 @@ def claim(config: Config, command: str) -> bool:
     git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True)
     write_json(out / "run.json", dict(
-        settings=settings, command=command, commit=git.stdout.strip() or None, threads=torch.get_num_threads(),
+        settings=settings, contents=contents, command=command, processes=processes(config.device)[1], commit=git.stdout.strip() or None, threads=torch.get_num_threads(),
         processor=torch.cuda.get_device_name() if config.device == "cuda" else torch.cpu.get_capabilities().get("cpu_name"),
         python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, tokenizers=tokenizers.__version__))
     return False
@@ -718,6 +727,7 @@ def claim(config: Config, command: str) -> bool:
 def run(config: Config, command: str) -> None:
     """One run, from settings to results.json: train, save, read back what was saved, score that."""
     config = settle(config)
+    rank, world = processes(config.device)
     training, dev = (read_squad(config.data, file_name(part, config.v2), limit, config.seed)
                      for part, limit in (("train", config.questions), ("dev", config.dev_questions)))
     tokenizer, vocab = load_tokenizer(config.init), Path(config.init, "vocab.txt")
@@ -734,13 +744,17 @@ def run(config: Config, command: str) -> None:
     if config.method != "dense":
         plan(config, len(features))     # before the folder is claimed: it may refuse
         add_masks(model, config.method, config.block)
-    rank, world = processes()
     with held(Path(config.out)) if rank == 0 else contextlib.nullcontext():
-        finished = [rank == 0 and claim(config, command)]
+        contents = {f"contents of {name}": sha for name, sha in (
+            ("data", training.sha256), ("init", weights_sha256(config.init)),
+            ("teacher", config.teacher and weights_sha256(config.teacher)))}
+        finished = [rank == 0 and claim(config, command, contents)]
         if world > 1:
             dist.broadcast_object_list(finished)
         if finished[0]:
             return print(f"{config.out}: finished before, its results.json is there")
+        if rank:
+            sys.stdout = open(os.devnull, "w")
         name = "the built-in made-up corpus, NOT SQuAD," if Path(config.data).name == "builtin" else config.data
         print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, {config.device}, "
               f"{config.precision}; {features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")

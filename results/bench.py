@@ -4,7 +4,8 @@
 
 Writes bench-cpu.json or bench-cuda.json beside this file. Ours and the baseline take turns; a time is the
 median over the turns, the spread is (longest - shortest) / median. The baselines run the same model through
-the same kernels (scaled_dot_product_attention): what differs is what is named in the row.
+scaled_dot_product_attention: what differs is what is named in the row. Attention dropout, which the reference
+recipe has, alone takes torch off its fast kernel on a CPU; so rows 1 and 2 stand without it too.
 """
 import argparse
 import dataclasses
@@ -106,25 +107,28 @@ def stepper(config: ts.Config, features: ts.Features, attention_dropout: float, 
 def training(config: ts.Config, features: ts.Features) -> list[dict]:
     """Rows 1 and 2: every turn of ours is TURNS-th of all batches of an epoch's sample, by length."""
     batches = sorted(ts.training_batches(features.lengths, 16, 0, 0), key=lambda b: features.lengths[b].max())
-    parts = [batches[turn::TURNS] for turn in range(TURNS)]
+    parts, full = [batches[turn::TURNS] for turn in range(TURNS)], [b for b in batches if len(b) == 16]
 
     def against(padded, precision: str):
         step = stepper(dataclasses.replace(config, precision=precision), features, 0.0, fused=True)
         ours, theirs = take_turns(lambda turn: [step(b) for b in parts[turn]],
-                                  lambda turn: [padded(batches[turn], config.max_length) for _ in range(2)])
+                                  lambda turn: [padded(full[turn], config.max_length) for _ in range(2)])
         done, base = [sum(map(len, part)) / t for part, t in zip(parts, ours)], 32 / statistics.median(theirs)
         return base, statistics.median(done), "examples/s", statistics.median(done) / base, spread(done)
 
     def as_row(goal, what, wanted, measured):
         return row(goal, what, *measured[:4], wanted, measured[4])
     fp32 = dataclasses.replace(config, precision="fp32")
-    reference = stepper(fp32, features, 0.1, fused=False)
+    reference, plain = (stepper(fp32, features, dropout, fused=False) for dropout in (0.1, 0.0))
     what = "training in {}, against the reference recipe: fp32, all padded to 384, attention dropout, plain AdamW"
-    return [as_row("1", what.format("bf16"), 8, against(reference, "bf16")) if config.precision == "bf16" else
-            not_here("1", what.format("bf16"), 8),
-            as_row("2", what.format("fp32"), 3.5, against(reference, "fp32")),
-            as_row("2", "the same, but no attention dropout in the baseline either", None,
-                   against(stepper(fp32, features, 0.0, fused=False), "fp32"))]
+    also, rows = "the same, but no attention dropout in the baseline either", []
+    for goal, precision, wanted in (("1", "bf16", 8), ("2", "fp32", 3.5)):
+        if precision in ("fp32", config.precision):
+            rows += [as_row(goal, what.format(precision), wanted, against(reference, precision)),
+                     as_row(goal, also, None, against(plain, precision))]
+        else:
+            rows.append(not_here(goal, what.format(precision), wanted))
+    return rows
 
 
 def evaluation(config: ts.Config, features: ts.Features) -> dict:
@@ -149,8 +153,8 @@ def masked_step(config: ts.Config, features: ts.Features) -> dict:
     """Row 4: the time of a Hybrid 32x32 step against a dense one."""
     batch = np.argsort(features.lengths)[len(features) // 2:][:16]
     dense, masked = (stepper(config, features, 0.0, True, masked=m) for m in (False, True))
-    a, b = take_turns(lambda turn: [dense(batch) for _ in range(4)], lambda turn: [masked(batch) for _ in range(4)], turns=9)
-    a, b, noise = statistics.median(a) / 4, statistics.median(b) / 4, spread(b)
+    a, b = take_turns(lambda turn: dense(batch), lambda turn: masked(batch), turns=31)
+    a, b, noise = statistics.median(a), statistics.median(b), spread(b)
     return row("4", f"a masked (Hybrid 32x32) training step in {config.precision} against a dense one", 1000 * a, 1000 * b, "ms",
                b / a, 1.08, noise, at_most=True)
 
@@ -224,9 +228,10 @@ def main() -> None:
     train, dev = (ts.Features(ts.read_squad(config.data, f"{part}-v1.1.json", count), tokenizer, config, part == "train")
                   for part, count in (("train", 800), ("dev", 500)))
     rows += [*training(config, train), evaluation(config, dev), masked_step(config, train), *forwards(config.precision)]
-    took = seconds(lambda: subprocess.run([sys.executable, "-m", "pytest", "-q", "tests"], cwd=ROOT, check=True,
-                                          stdout=subprocess.DEVNULL))
-    rows.append(row("8", "all tests", None, took, "s", took, 90, at_most=True))
+    code = []
+    took = seconds(lambda: code.append(subprocess.run([sys.executable, "-m", "pytest", "-q", "tests"], cwd=ROOT,
+                                                      stdout=subprocess.DEVNULL).returncode))
+    rows.append(row("8", "all tests" + " (SOME FAILED)" * bool(code[0]), None, took, "s", took, 90, at_most=True))
     cpu = torch.cpu.get_capabilities().get("cpu_name")
     ts.write_json(ROOT / "results" / f"bench-{DEVICE}.json", dict(
         rows=sorted(rows, key=lambda r: r["goal"]), device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu, threads=torch.get_num_threads(),

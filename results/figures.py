@@ -97,13 +97,15 @@ METHODS = ("Hybrid 32x32", "Hybrid Filled", "Block 32x32", "Block 8x8", "Unstruc
 
 def sweep() -> dict[str, list[dict]]:
     """The points that are there, by method and λ: results.json with its folder, λ and each question's F1."""
-    points: dict[str, list[dict]] = {method: [] for method in METHODS}
+    points, asked = {method: [] for method in METHODS}, sorted(read("sweep", "teacher", "f1.json"))
     for path in sorted((HERE / "sweep").glob("*-*/results.json")):
         method, block, weight, kind = path.parent.name.split("-")
         title = "Hybrid Filled" if kind == "filled" else "Struct" if method == "struct" else f"{method.title()} {block}"
         f1 = json.loads((path.parent / "f1.json").read_text())
-        points[title].append(dict(json.loads(path.read_text()), folder=path.parent.name, weight=float(weight),
-                                  questions=np.array([f1[i] for i in sorted(f1)])))
+        if sorted(f1) != asked:
+            raise ValueError(f"{path.parent} was scored on other questions than the teacher: it is of another sweep")
+        points.setdefault(title, []).append(dict(json.loads(path.read_text()), folder=path.parent.name, weight=float(weight),
+                                                 questions=np.array([f1[i] for i in asked])))
     return {title: sorted(rows, key=lambda r: r["weight"]) for title, rows in points.items()}
 
 
@@ -128,7 +130,8 @@ def guide() -> str:
 
 def at(rows: list[dict], key: str, x: float) -> np.ndarray:
     """Each question's F1 at `key` = x, in a line between the two points around it."""
-    a, b = sorted(rows, key=lambda r: r[key])
+    rows = sorted(rows, key=lambda r: r[key])
+    a, b = next(pair for pair in zip(rows, rows[1:]) if pair[0][key] <= x <= pair[1][key])
     share = (x - a[key]) / (b[key] - a[key])
     return (1 - share) * a["questions"] + share * b["questions"]
 
@@ -159,14 +162,18 @@ def verdicts() -> str:
         where = "" if found is None else f"{100 * found[0]:.0f} % density" if key == "density" else f"{found[0]:.2f} x"
         lines.append(f"| {claim} | {first} against {second}: " + ("their points do not overlap | – | cannot be told |" if found is None else
                      f"{found[1].mean():+.2f} F1 at {where} | {verdict(found[1])} |"))
-    for a, b in zip(p["Hybrid Filled"], p["Hybrid 32x32"]):
+    masked = {r["weight"]: r for r in p["Hybrid 32x32"]}
+    for a in p["Hybrid Filled"]:
+        b = masked[a["weight"]]
         gain = 100 * (a["questions"] - b["questions"])
         lines.append(f"| filling gains at equal speed | λ {a['weight']:g}: {gain.mean():+.2f} F1 | {verdict(gain)} |")
+    heads = sum(read("sweep", "teacher", "results.json")["heads"])
     for r in p["Unstructured 1x1"]:
-        gone = 72 - sum(r["heads"])
-        lines.append(f"| even 1x1 empties some heads | λ {r['weight']:g}: {gone} of 72 gone at {100 * r['density']:.0f} % density | – | "
+        gone = heads - sum(r["heads"])
+        lines.append(f"| even 1x1 empties some heads | λ {r['weight']:g}: {gone} of {heads} gone at {100 * r['density']:.0f} % density | – | "
                      f"{'yes' if gone else 'no'} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "The interval is over the dev questions alone, paired (bootstrap); each point is one seed. Equal density or speed is "
+                      "read off a line between two points."])
 
 
 def verdict(difference: np.ndarray) -> str:
@@ -177,7 +184,7 @@ def verdict(difference: np.ndarray) -> str:
 def readme(text: str) -> str:
     """README.md with the parts between <!-- name --> and <!-- end --> written again."""
     log = (HERE / "builtin" / "log.txt").read_text().splitlines()[-5:]
-    done = sum(map(len, sweep().values())) if (HERE / "sweep" / "teacher").exists() else 0
+    done = any((HERE / "sweep").glob("*-*"))
     makers = {"places": places(), **({"sweep": sweep_table(), "guide": guide(), "verdicts": verdicts()} if done else {}),
               "builtin-log": "\n" + "".join(f"    {line}\n" for line in log),
               **{path.stem: speed(path) for path in HERE.glob("bench-*.json")},
@@ -325,7 +332,7 @@ def main() -> int:
         run = path.parent.parent.name
         (HERE / f"masks-{run}.svg").write_text(masks_picture(run))
         (HERE / f"run-{run}.svg").write_text(run_picture(run))
-    if any(sweep().values()):
+    if any((HERE / "sweep").glob("*-*")):
         (HERE / "curves.svg").write_text(curves_picture())
         (HERE / "layers.svg").write_text(layers_picture())
     (ROOT / "README.md").write_text(readme(text))

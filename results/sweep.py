@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Two λ for each block size, chosen before any of them was run; Struct's heads have their own weight (add_masks).
+# Two λ for each block size, chosen before any of them was run; Struct's heads have their own weight (attention_lambda).
 POINTS = ("hybrid-32x32-80", "block-32x32-160", "block-8x8-160", "unstructured-1x1-160", "struct-32x32-40",
           "hybrid-32x32-200", "block-32x32-400", "block-8x8-400", "unstructured-1x1-400")
 KEPT = ("results.json", "f1.json", "masks.json", "run.json", "log.jsonl")
@@ -23,7 +23,8 @@ LARGEST = 1_000_000     # bytes of a file that is kept: the masks of single weig
 
 def run(script: str, *arguments) -> None:
     print("\npython", script, *arguments, flush=True)
-    subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True)
+    if code := subprocess.run([sys.executable, ROOT / script, *map(str, arguments)]).returncode:
+        sys.exit(code)      # said already; the same command goes on from here
 
 
 def keep(model: Path, trained: Path) -> None:

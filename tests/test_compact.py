@@ -28,7 +28,7 @@ from compact import (benchmark, check, compact, count_parameters, cut_dimensions
                      write_results)
 from train_squad import Config, Squad, add_masks, best_spans
 
-CASES = int(os.environ.get("FUZZ", 100))    # random models, no fewer
+CASES = int(os.environ.get("FUZZ", 60))    # random models, no fewer
 DEAD = -9.0                                 # a score that is pruned at τ = 0.1
 
 # All different: layers 2, H 3, D 4, F 7, E 12, vocabulary 19, T at most 9, types 5.
@@ -359,8 +359,21 @@ def test_dimensions_of_any_two_linears(bias):
     assert (fc1.out_features, fc2.in_features, fc1.weight.shape, fc2.weight.shape) == (3, 3, (3, 5), (4, 3))
     assert fc1.bias is None if not bias[0] else len(fc1.bias) == 3
     assert fc2.bias is not None and cut_dimensions(fc1, fc2, nn.functional.softplus) == 3
-    with pytest.raises(ValueError, match="as many outputs as inputs"):
-        cut_dimensions(fc2, fc1, nn.functional.relu)
+    for wrong in ((fc2, fc1), (fc1, nn.Conv1d(3, 4, 1)), (nn.Embedding(5, 3), fc2)):
+        with pytest.raises(ValueError, match="as many outputs as inputs"):
+            cut_dimensions(*wrong, nn.functional.relu)
+
+
+def test_what_is_frozen_stays_frozen_and_the_rest_of_a_model_as_it_was():
+    fc1, fc2 = nn.Linear(5, 6), nn.Linear(6, 4).requires_grad_(False)
+    fc1.weight.data[2] = 0
+    out = fc2.bias
+    fc1.bias.data[2] = 0
+    assert cut_dimensions(fc1, fc2, nn.functional.relu) == 5 and fc2.bias is out       # nothing to fold
+    assert [p.requires_grad for p in (*fc1.parameters(), *fc2.parameters())] == [True, True, False, False]
+    fc1.weight.data[1] = 0
+    fc1.bias.data[1] = 3
+    assert cut_dimensions(fc1, fc2, nn.functional.relu) == 4 and not fc2.bias.requires_grad
 
 
 # --------------------------------------------------------------------------------- counts, by hand

@@ -253,29 +253,28 @@ def test_v2_trains_scores_and_compacts(chain, tmp_path, capsys):
 
 
 def test_two_processes_follow_the_curve_of_one(chain, tmp_path, monkeypatch):
-    """Half of each batch each; the second time from a checkpoint. The last batch of an epoch is a single window."""
+    """Half of each batch each, from the checkpoint of one process on. The last batch of an epoch is a single window."""
     shutil.copytree(chain / "teacher", tmp_path / "bert")
-    config = read(tmp_path / "bert/config.json")
-    write_json(tmp_path / "bert/config.json", config | {"hidden_dropout_prob": 0.0})
+    write_json(tmp_path / "bert/config.json", read(tmp_path / "bert/config.json") | {"hidden_dropout_prob": 0.0})
     flags, more = [*PRUNE, "--questions", "43", "--epochs", "5", "--lr", "1e-3"], dict(init=tmp_path / "bert", teacher="teacher")
     assert train(chain, tmp_path / "one", *flags, **more) == 0
     with monkeypatch.context() as patch:
-        break_at(patch, 5, signal.SIGINT)
-        assert train(chain, tmp_path / "broken", *flags, **more) == 130
-    for name in ("two", "broken"):
-        command = ["--data", f"{chain}/data", "--init", f"{tmp_path}/bert", "--teacher", f"{chain}/teacher", "--out", f"{tmp_path}/{name}"]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                               f"{ROOT}/train_squad.py", *command, *FLAGS, *flags], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        one, two = log(tmp_path / "one"), log(tmp_path / name)
-        assert [line["step"] for line in two] == [line["step"] for line in one] == list(range(1, 26))
-        for a, b in zip(one, two):
-            assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4) for key in ("loss", "ce", "kd", "penalty")), (a, b)
-            assert a["threshold"] == b["threshold"] and a["density"]["all"] == pytest.approx(b["density"]["all"], abs=0.01)
-        for tensor, expected in zip(matrices(tmp_path / name).values(), matrices(tmp_path / "one").values()):
-            assert (tensor - expected).abs().mean() < 1e-4
-        assert (tmp_path / name / "results.json").exists()
+        break_at(patch, 1, signal.SIGINT)
+        assert train(chain, tmp_path / "two", *flags, **more) == 130
+    command = ["--data", f"{chain}/data", "--init", f"{tmp_path}/bert", "--teacher", f"{chain}/teacher", "--out", f"{tmp_path}/two"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           f"{ROOT}/train_squad.py", *command, *FLAGS, *flags], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on from step 1") == 1 == done.stdout.count("two 25/25")     # one of them speaks
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [line["step"] for line in two] == [line["step"] for line in one] == list(range(1, 26))
+    for a, b in zip(one, two):
+        assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4) for key in ("loss", "ce", "kd", "penalty")), (a, b)
+        assert a["threshold"] == b["threshold"] and a["density"]["all"] == pytest.approx(b["density"]["all"], abs=0.01)
+    for tensor, expected in zip(matrices(tmp_path / "two").values(), matrices(tmp_path / "one").values()):
+        assert (tensor - expected).abs().mean() < 1e-4
+    assert (tmp_path / "two/results.json").exists()
 
 
 def test_questions_from_the_terminal(chain, monkeypatch, capsys):
@@ -411,6 +410,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(chain, unbroken, tmp_path, trial)
     left = sorted(path.name for path in tmp_path.rglob("*"))
     work()
     assert same(whole, tmp_path / "run"), (seed, left)
+    assert not list(tmp_path.glob("run/*.tmp"))
     assert read(tmp_path / "run/results.json")["f1"] == read(whole / "results.json")["f1"]
 
 
@@ -610,6 +610,44 @@ def test_results_older_than_their_weights_are_seen(chain, tmp_path, capsys):
     assert train(chain, tmp_path / "run", *flags, **more) == 0 and "finished before" not in capsys.readouterr().out
     assert weights.read_bytes() == good and read(tmp_path / "run/results.json")["f1"] == results["f1"]
     assert compact.main([f"{tmp_path}/run", "--out", f"{tmp_path}/small"]) == 0 and "finished before" in capsys.readouterr().out
+
+
+def test_a_compaction_broken_half_way_is_no_finished_one(chain, tmp_path, monkeypatch, capsys):
+    """Of a run that was trained anew: the old weights and results are still there when it breaks."""
+    shutil.copytree(chain / "hybrid", tmp_path / "run")
+    again = [f"{tmp_path}/run", "--out", f"{tmp_path}/small"]
+    assert compact.main(again) == 0
+    first = read(tmp_path / "small/results.json")
+    for name in ("pruning.safetensors", "model.safetensors"):
+        tensors = read_safetensors(tmp_path / "run" / name)
+        write_safetensors({n: t * (0.9 if "output.dense" in n or "ffn" in n else 1) for n, t in tensors.items()}, tmp_path / "run" / name)
+
+    def interrupted(*_, **__):
+        raise OSError("broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(compact, "save_model", interrupted)
+        assert compact.main(again) == 2
+    capsys.readouterr()
+    assert compact.main(again) == 0 and "finished before" not in capsys.readouterr().out
+    assert read(tmp_path / "small/results.json")["weights_sha256"] != first["weights_sha256"]
+
+
+def test_a_run_whose_start_has_changed_is_not_taken_for_finished(chain, tmp_path, capsys):
+    """The same paths, but --init or --data hold something else now."""
+    shutil.copytree(chain / "bert", tmp_path / "bert")
+    shutil.copytree(chain / "data", tmp_path / "data")
+    run = [tmp_path / "run", *SHORT, "--data", str(tmp_path / "data")]
+    assert train(chain, *run, init=tmp_path / "bert") == 0
+    weights, data = tmp_path / "bert/model.safetensors", tmp_path / "data/train-v1.1.json"
+    for path, what in ((weights, "contents of init"), (data, "contents of data")):
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + (b"\1" if path is weights else b" \n"))
+        capsys.readouterr()
+        assert train(chain, *run, init=tmp_path / "bert") == 2
+        said = one_line(capsys)
+        assert what in said and said.count(" was ") == 1
+        path.write_bytes(before)
+    assert train(chain, *run, init=tmp_path / "bert") == 0 and "finished before" in capsys.readouterr().out
 
 
 def test_odd_answers_passages_and_questions_are_counted_and_said(home, tmp_path, capsys):

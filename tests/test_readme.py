@@ -12,10 +12,9 @@ def test_tables_and_places_are_what_would_be_written_again():
     assert subprocess.run([sys.executable, ROOT / "results" / "figures.py", "--check"]).returncode == 0
 
 
-def test_the_example_runs_and_finds_the_few_units_that_matter(capsys):
-    exec(re.search(r"<!-- example -->\n```python\n(.*?)```", TEXT, re.S)[1], {})
-    kept, error = re.search(r"(\d+) of 64 hidden units kept, error ([\d.]+)", capsys.readouterr().out).groups()
-    assert 4 <= int(kept) <= 12 and float(error) < 0.05
+def test_the_example_is_the_one_that_a_test_runs():
+    shown = re.search(r"<!-- example -->\n```python\n(.*?)```", TEXT, re.S)[1]
+    assert shown == (ROOT / "tests/examples/planted.py").read_text()
 
 
 def test_every_difference_has_its_line():
@@ -32,4 +31,4 @@ def test_files_linked_and_make_targets_named_are_there():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:`|^    )make (\w+)", TEXT, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
-    assert len(TEXT.splitlines()) <= 250
+    assert len(TEXT.splitlines()) <= 270

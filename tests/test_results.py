@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
 import bench                                                                                        # noqa: E402
 import figures                                                                                      # noqa: E402
+import sweep                                                                                        # noqa: E402
 from bert import BertConfig                                                                         # noqa: E402
 
 
@@ -60,6 +61,46 @@ def test_the_headline_is_the_papers_model_and_the_table_says_what_was_not_measur
 # ------------------------------------------------------------------------------------- the sweep's
 
 
+def test_the_sweep_runs_each_point_from_one_teacher_and_keeps_its_small_files(tmp_path, monkeypatch):
+    """The commands are only written down; each --out gets files as the real one would."""
+    calls = []
+
+    def run(script, *arguments):
+        calls.append((script, *map(str, arguments)))
+        if "--out" in calls[-1]:
+            out = Path(calls[-1][calls[-1].index("--out") + 1])
+            out.mkdir(parents=True)
+            for name in ("results.json", "f1.json", "run.json", "model.safetensors"):
+                (out / name).write_text(out.name)
+            if script == "train_squad.py":
+                (out / "log.jsonl").write_text(out.name)
+            else:
+                (out / "masks.json").write_text("x" * (2_000_000 if "1x1" in out.name else 10))
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "hybrid-32x32-80", "unstructured-1x1-160", "--data", "D", "--runs", f"{tmp_path}/R"])
+    sweep.main()
+    trained = [ts_parse(call) for call in calls if call[0] == "train_squad.py"]
+    R = f"{tmp_path}/R"
+    assert [(t["out"], t["init"], t["teacher"], t["method"], t["block"], t["final_lambda"], t["fill"], t["questions"]) for t in trained] == [
+        (f"{R}/teacher", "weights/minilm", "", "dense", "32x32", None, False, 8000),
+        (f"{R}/hybrid-32x32-80", f"{R}/teacher", f"{R}/teacher", "hybrid", "32x32", 80, False, 4000),
+        (f"{R}/hybrid-32x32-80-filled", f"{R}/hybrid-32x32-80-compact", f"{R}/teacher", "dense", "32x32", None, True, 4000),
+        (f"{R}/unstructured-1x1-160", f"{R}/teacher", f"{R}/teacher", "unstructured", "1x1", 160, False, 4000)]
+    assert all((t["data"], t["dev_questions"], t["max_length"]) == ("D", 2000, 256) for t in trained)
+    kept = {path.relative_to(tmp_path / "results/sweep").as_posix(): path.read_text() for path in tmp_path.glob("results/sweep/*/*")}
+    of_run = {f"{name}/{file}": run for name, run in (("teacher", "teacher"), ("hybrid-32x32-80-compact", "hybrid-32x32-80"), (
+        "hybrid-32x32-80-filled", "hybrid-32x32-80-filled"), ("unstructured-1x1-160-compact", "unstructured-1x1-160"))
+        for file in ("run.json", "log.jsonl")}
+    of_model = {f"{name.split('/')[0]}/{file}": name.split("/")[0] for name in of_run for file in ("results.json", "f1.json")}
+    assert kept == of_run | of_model | {"hybrid-32x32-80-compact/masks.json": "x" * 10}     # single weights' masks are too large
+
+
+def ts_parse(call):
+    return bench.ts.parse(call[1:])
+
+
+
 def points(*rows):
     """Of (density, each question's F1)."""
     return [dict(density=d, questions=np.array(f1)) for d, f1 in rows]
@@ -70,7 +111,22 @@ def test_methods_are_compared_in_the_middle_of_what_both_span():
     middle, difference = figures.equal(a, b, "density")        # both span 0.3 to 0.6
     assert middle == pytest.approx(0.45) and difference == pytest.approx([100 * 0.625, 100 * (0.5 - 0.25)])
     assert figures.equal(a[::-1], b[::-1], "density")[1] == pytest.approx(difference)
+    three = points((0.1, [9, 9]), (0.6, [1, 0.5]), (0.2, [0, 0.5]))      # the two around the middle count
+    assert figures.at(three, "density", 0.45) == pytest.approx(figures.at(a, "density", 0.45))
     assert figures.equal(a, points((0.7, [0, 0]), (0.9, [0, 1])), "density") is None and figures.equal(a, b[:1], "density") is None
+
+
+def test_points_of_another_sweep_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    for name, f1 in (("teacher", {"a": 1, "b": 0}), ("block-16x16-80-compact", {"b": 1, "a": 0.5}), ("struct-32x32-9-compact", {"a": 1})):
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+        bench.ts.write_json(tmp_path / "sweep" / name / "f1.json", f1)
+        (tmp_path / "sweep" / name / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="struct-32x32-9-compact was scored on other questions"):
+        figures.sweep()
+    (tmp_path / "sweep/struct-32x32-9-compact/results.json").unlink()
+    point, = figures.sweep()["Block 16x16"]
+    assert point["questions"].tolist() == [0.5, 1] and point["weight"] == 80
 
 
 def test_intervals_of_the_mean_by_theory():

@@ -34,12 +34,13 @@ def sentences(n):
 def train(model, steps, prune=False):
     optimizer = torch.optim.Adam(parameter_groups(model, lr=2e-3, score_lr=5e-2))
     for step in range(steps):
-        tokens, label = sentences(64)
-        with parametrize.cached():          # MultiheadAttention reads its weight several times: one mask serves all
-            loss = nn.functional.cross_entropy(model(tokens), label)
+        tokens, label = sentences(32)
         if prune:
             tau = threshold_schedule(step, steps, start=steps // 20, end=steps // 2)
             set_threshold(model, tau)
+        with parametrize.cached():          # MultiheadAttention reads its weight several times: one mask serves all
+            loss = nn.functional.cross_entropy(model(tokens), label)
+        if prune:
             loss = loss + 5 * tau * penalty(model)                              # λ = 0.5 at the final τ of 0.1
         optimizer.zero_grad()
         loss.backward()
@@ -56,13 +57,13 @@ def accuracy(model):
 def main():
     torch.manual_seed(0)
     model = Classifier()
-    train(model, 90)
+    train(model, 60)
     dense = accuracy(model)
     for layer in model.train().encoder.layers:
         mask_weight(layer.self_attn, (16, 16), weight="in_proj_weight", bias="in_proj_bias", kind="attention")
         mask_weight(layer.self_attn.out_proj, (16, 16), kind="attention")
         mask_dimensions(layer.linear1, layer.linear2)
-    train(model, 200, prune=True)
+    train(model, 150, prune=True)
     kept, masked = density(model), accuracy(model)
     bake(model)
     widths = [cut_dimensions(layer.linear1, layer.linear2, layer.activation) for layer in model.encoder.layers]

@@ -43,11 +43,12 @@ def train(model, steps, prune=False):
         read = torch.randint(10, (64, T))
         target = read.flip(1)
         written = torch.cat([torch.full((64, 1), START), target[:, :-1]], 1)
-        with parametrize.cached():          # MultiheadAttention reads its weight several times: one mask serves all
-            loss = nn.functional.cross_entropy(model(read, written).flatten(0, 1), target.flatten())
         if prune:
             tau = threshold_schedule(step, steps, start=steps // 20, end=steps // 2)
             set_threshold(model, tau)
+        with parametrize.cached():          # MultiheadAttention reads its weight several times: one mask serves all
+            loss = nn.functional.cross_entropy(model(read, written).flatten(0, 1), target.flatten())
+        if prune:
             loss = loss + tau / 0.1 * penalty(model, LAMBDAS)
         optimizer.zero_grad()
         loss.backward()
@@ -68,14 +69,14 @@ def mask_attention(attention, kind):
 def main():
     torch.manual_seed(0)
     model = Writer()
-    train(model, 220)
+    train(model, 160)
     dense, encoder, decoder = accuracy(model), model.transformer.encoder.layers, model.transformer.decoder.layers
     for layer in [*encoder, *decoder]:
         mask_attention(layer.self_attn, "encoder" if layer in encoder else "decoder")
         mask_dimensions(layer.linear1, layer.linear2)
     for layer in decoder:
         mask_attention(layer.multihead_attn, "cross")
-    train(model.train(), 300, prune=True)
+    train(model.train(), 200, prune=True)
     kept = density(model)
     bake(model)
     widths = [cut_dimensions(layer.linear1, layer.linear2, layer.activation) for layer in [*encoder, *decoder]]

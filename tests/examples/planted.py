@@ -5,14 +5,14 @@ from blockprune import bake, mask_weight, parameter_groups, penalty, set_thresho
 torch.manual_seed(0)
 planted = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
 W = torch.randn(32, 32) * planted.repeat_interleave(8, 0).repeat_interleave(8, 1)
-x, readout = torch.randn(1024, 32), torch.nn.Linear(32, 16).requires_grad_(False)
+x, readout = torch.randn(512, 32), torch.nn.Linear(32, 16).requires_grad_(False)
 y = readout(torch.relu(x @ W.T))
 model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), readout)
 
 mask = mask_weight(model[0], (8, 8))                                            # 1
 optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-2, score_lr=3e-2))   # 2
-for step in range(600):
-    tau = threshold_schedule(step, 600, start=30, end=300)
+for step in range(400):
+    tau = threshold_schedule(step, 400, start=20, end=200)
     set_threshold(model, tau)                                                   # 3
     loss = torch.nn.functional.mse_loss(model(x), y)
     optimizer.zero_grad()
