@@ -625,8 +625,8 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             if rank == 0 and (stopped or step == total or now - saved > config.checkpoint_every):
                 save_checkpoint(out / "checkpoint.pt", model, optimizer, step, spent + now - began)
                 saved = now
-            mean_of_all(0) if stopped else None     # the others wait until it is saved
             if stopped and step < total:
+                mean_of_all(0)      # the others wait until it is saved
                 raise KeyboardInterrupt(f"{out}: stopped at step {step} of {total}, saved; the same command goes on")
     finally:
         for s, handler in handlers.items():
