@@ -152,17 +152,19 @@ def flops(config: BertConfig, length: int) -> int:
 @torch.no_grad()
 def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: int = 9, precision: str = "fp32",
               device: str = "cpu") -> list[list[float]]:
-    """Milliseconds of each forward pass, by model: after two to warm up, the models take turns.
+    """Milliseconds of a forward pass, by model: the models take turns, of two passes each, of which the second counts.
 
-    Random ids without padding; the models are moved to the device and set to eval mode.
+    So each finds its weights and its memory as it left them, not as the others did. Random ids without padding;
+    the models are moved to the device and set to eval mode.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, models[0].config.vocab_size, (batch, length), generator=generator).to(device)
     times: list[list[float]] = [[] for _ in models]
     models = [model.eval().to(device) for model in models]
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):   # Note: around all, so weights are cast once
-        for turn in range(-2, repeats):
+        for turn in range(-1, repeats):
             for model, spent in zip(models, times):
+                model(ids)
                 if device != "cpu":
                     torch.cuda.synchronize()
                 start = time.perf_counter()

@@ -95,7 +95,7 @@ class Config:
 # λ does not carry over between lengths or models: a score feels λ / (kinds · tensors · scores), and how far
 # it goes is a matter of Σ score_lr. Short runs on a small model need both higher than the paper's.
 PRESETS = {
-    "builtin": dict(dense=dict(epochs=2, lr=2e-4), fill=dict(epochs=1, lr=2e-4),
+    "builtin": dict(dense=dict(epochs=2, lr=3e-4), fill=dict(epochs=1, lr=2e-4),
                     prune=dict(epochs=2, lr=2e-4, score_lr=0.15, final_lambda=20)),
     "small": dict(dense=dict(epochs=3, lr=1e-4), fill=dict(epochs=2, lr=1e-4),
                   prune=dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80)),

@@ -80,13 +80,14 @@ def speed(path: Path) -> str:
     """The rows of a benchmark."""
     b = json.loads(path.read_text())
     lines = ["| what | baseline | ours | ratio | wanted |", "|---|---|---|---|---|"]
-    for row in b["rows"]:
+    for row in (row for row in b["rows"] if row["ratio"]):
         wanted = f"{'≤' if row['at_most'] else '≥'} {row['wanted']:g}" if row["wanted"] else "–"
         noise = f" ± {50 * row['spread']:.0f} %" if row["spread"] else ""
-        base, ours = ("–" if row[key] is None else f"{row[key]:.4g} {row['unit']}" for key in ("baseline", "ours"))
-        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3g}{noise}"
-        lines.append(f"| {row['goal']}. {row['what']} | {base} | {ours} | {ratio} | {wanted}{' (missed)' * (row['met'] is False)} |")
-    return "\n".join(lines + ["", f"[{path.name}](results/{path.name}): `{b['command']}` on {b['device']}, {b['threads']} threads, "
+        base = "–" if row["baseline"] is None else f"{row['baseline']:.4g} {row['unit']}"
+        lines.append(f"| {row['goal']}. {row['what']} | {base} | {row['ours']:.4g} {row['unit']} | {row['ratio']:.3g}{noise} | "
+                     f"{wanted}{' (missed)' * (row['met'] is False)} |")
+    missing = [f"{row['goal']}. {row['what']}" for row in b["rows"] if not row["ratio"]]
+    return "\n".join(lines + ["", *missing, f"[{path.name}](results/{path.name}): `{b['command']}` on {b['device']}, {b['threads']} threads, "
                               f"torch {b['torch']}, {b['data']}."])
 
 
