@@ -28,7 +28,7 @@ from compact import (benchmark, check, compact, count_parameters, cut_dimensions
                      write_results)
 from train_squad import Config, Squad, add_masks, best_spans
 
-CASES = int(os.environ.get("FUZZ", 60))    # random models, no fewer
+CASES = int(os.environ.get("FUZZ", 40))    # random models, no fewer
 DEAD = -9.0                                 # a score that is pruned at τ = 0.1
 
 # All different: layers 2, H 3, D 4, F 7, E 12, vocabulary 19, T at most 9, types 5.
