@@ -6,7 +6,7 @@
     python train_squad.py --data D --init R/hybrid-compact --teacher R/teacher --fill --out R/filled
     python train_squad.py --score PREDICTIONS.json DEV.json                              the official EM and F1
     python train_squad.py --ask R/filled                                                 try it on a text of yours
-    torchrun --nproc_per_node=2 train_squad.py …                                         any of the trainings, in two processes
+    torchrun --nproc_per_node=2 train_squad.py …                                         a training, in two processes
 
 After Lagunas et al. 2021 and its code, huggingface/nn_pruning at 0cef2b2, cited as [R:file].
 With five minutes, read add_masks(), loss_terms() and train().
@@ -398,15 +398,16 @@ def best_spans(start: torch.Tensor, end: torch.Tensor, context: torch.Tensor, lo
 
 
 def autocast(config: Config):
-    """Products in bf16, if config says so. Around a loop without gradients: then weights are cast once, not in each step."""
+    """Products in bf16, if config says so. Around a whole loop without gradients: weights are then cast once."""
     return torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 @torch.no_grad()
-def predict(model: BertForQuestionAnswering, features: Features, config: Config) -> dict[str, str]:
-    """The best answer of each question over all its windows, as text by question id.
+def predict(model: BertForQuestionAnswering, features: Features, config: Config) -> dict[str, tuple[str, float]]:
+    """The best span of each question over all its windows, by question id: its text, and the sum of its logits.
 
-    v2: no answer, "", where the least score of [CLS] over the windows is more than null_threshold over the best span's.
+    v2: the text is "", no answer, where the least score of [CLS] over the windows is more than null_threshold over
+    the best span's.
     """
     model.eval().to(config.device)
     best = {question[0]: (-math.inf, "") for question in features.squad.questions}
@@ -421,13 +422,14 @@ def predict(model: BertForQuestionAnswering, features: Features, config: Config)
                 null[question] = min(null[question], none)
                 if value > best[question][0]:
                     best[question] = value, features.text(row, i, j)
-    return {question: "" if config.v2 and null[question] - value > config.null_threshold else text
+    return {question: ("" if config.v2 and null[question] - value > config.null_threshold else text, value)
             for question, (value, text) in best.items()}
 
 
 def evaluate(model: BertForQuestionAnswering, features: Features, config: Config, out: str | Path) -> dict[str, float]:
     """EM and F1 on a dev set; the answers go to predictions.json, and each question's F1 to f1.json."""
-    predictions, truths = predict(model, features, config), features.squad.truths()
+    truths = features.squad.truths()
+    predictions = {question: text for question, (text, _) in predict(model, features, config).items()}
     write_json(Path(out, "predictions.json"), predictions)
     write_json(Path(out, "f1.json"), {i: round(f1, 4) for i, (_, f1) in question_scores(predictions, truths).items()})
     return score(predictions, truths)
@@ -557,39 +559,53 @@ def plan(config: Config, windows: int) -> tuple[int, int]:
         reach = config.score_lr * sum(rate(step, total, warmup) for step in range(total))
         goes = math.log(config.threshold / (1 - config.threshold))
         if reach < 0.8 - goes:
-            raise ValueError(f"nothing could be pruned: in {total} steps scores fall to about -{reach:.2f}, and a block "
-                             f"goes at {goes:.2f}; reach {goes - 0.8:.2f} by more --epochs or a higher --score-lr")
+            raise ValueError(f"nothing could be pruned: in {total} steps scores fall to about -{reach:.2f}, and a "
+                             f"block goes at {goes:.2f}; reach {goes - 0.8:.2f} by more --epochs or --score-lr")
     return total, warmup
+
+
+def parts(lengths: np.ndarray, config: Config, step: int, rank: int, world: int):
+    """From a step on, for ever: this process's windows of each batch, and its share of them, in the mean 1."""
+    per_epoch = math.ceil(len(lengths) / config.batch)
+    while True:
+        for batch in training_batches(lengths, config.batch, config.seed, step // per_epoch)[step % per_epoch:]:
+            part = batch[rank::world]
+            yield part if len(part) else batch[:1], world * len(part) / len(batch)
+            step += 1
+
+
+@contextlib.contextmanager
+def signals():
+    """The list of the signals SIGINT and SIGTERM that came so far; nothing else happens when one comes."""
+    came: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
 
 
 def train(model: BertForQuestionAnswering, teacher, features: Features, config: Config) -> float:
     """Ordinary fine-tuning; what stands under each `if pruning:` is what pruning adds. Returns its seconds."""
-    out, device, pruning, (rank, world) = Path(config.out), config.device, config.method != "dense", processes(config.device)
+    out, pruning, (rank, world) = Path(config.out), config.method != "dense", processes(config.device)
     total, warmup = plan(config, len(features))
     for layer in model.bert.layers:
         layer.attention.dropout = config.attention_dropout
-    model.to(device)
-    optimizer = torch.optim.AdamW(blockprune.parameter_groups(model, config.lr, config.score_lr, config.weight_decay),
-                                  fused=True)
-    step, spent = restore(out / "checkpoint.pt", model, optimizer, rank)
+    model.to(config.device)
+    optimizer = torch.optim.AdamW(
+        blockprune.parameter_groups(model, config.lr, config.score_lr, config.weight_decay), fused=True)
+    first, spent = restore(out / "checkpoint.pt", model, optimizer, rank)
     began = saved = time.monotonic()
-    taught = teach(teacher, features, config) if teacher and step < total else None
+    taught = teach(teacher, features, config) if teacher and first < total else None
     forward = model
     if world > 1:   # gradients become means over the processes
         forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
-        torch.manual_seed(config.seed + 1000 * step + rank)     # dropout of its own
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, warmup), last_epoch=step - 1)
-    per_epoch, first, epoch, stop = math.ceil(len(features) / config.batch), step, -1, []
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while step < total:
-            if epoch != step // per_epoch:
-                epoch = step // per_epoch
-                batches = training_batches(features.lengths, config.batch, config.seed, epoch)
-            whole = batches[step % per_epoch]
-            part = whole[rank::world]
-            indices, share = part if len(part) else whole[:1], world * len(part) / len(whole)
-            batch = features.batch(indices, device)
+        torch.manual_seed(config.seed + 1000 * first + rank)    # dropout of its own
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, warmup), first - 1)
+    with signals() as came:
+        for step, (indices, share) in zip(range(first, total), parts(features.lengths, config, first, rank, world)):
+            batch = features.batch(indices, config.device)
             target = taught[indices, :, :batch["ids"].shape[1]].unbind(1) if teacher else None
             penalty, tau, lam = torch.zeros(()), 0.0, 0.0
             if pruning:
@@ -597,8 +613,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
                 blockprune.set_threshold(model, tau)
             with autocast(config):
                 student = forward.train()(batch["ids"], batch["types"], batch["real"])
-            ce, kd = loss_terms(student, target, batch, config.temperature)
-            ce, kd = share * ce, share * kd     # so that their means over the processes are those over the whole batch
+            ce, kd = (share * term for term in loss_terms(student, target, batch, config.temperature))
             loss = config.alpha_ce * ce + config.alpha_kd * kd if teacher else ce  # Paper: alone, ce counts whole
             if pruning:
                 penalty = blockprune.penalty(model, dict(attention=config.attention_lambda, dense=config.dense_lambda))
@@ -609,41 +624,39 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             if not math.isfinite(loss.item() + norm.item()):
                 raise ValueError(f"{out}: stopped at step {step}: loss {loss.item():.3g}, gradient norm {norm:.3g}. A "
-                                 "checkpoint, if there is one, is of an earlier step. Try a lower --lr, or --precision fp32")
+                                 "checkpoint, if any, is of an earlier step. Try a lower --lr, or --precision fp32")
             optimizer.step()
             schedule.step()
-            step += 1
-            now = time.monotonic()
-            if step % config.log_every == 0 or step == total:
-                loss, ce, kd = mean_of_all(loss.item(), ce.item(), kd.item())
-                if rank == 0:
-                    report(out, total, {
-                        "step": step, "loss": loss, "ce": ce, "kd": kd, "penalty": penalty.item(), "threshold": tau, "lambda": lam,
-                        "density": blockprune.density(model), "lr": config.lr * rate(step - 1, total, warmup),
-                        "examples_per_second": (step - first) * config.batch / (now - began)}, config.batch)
-            stopped, = mean_of_all(len(stop))   # by a signal to any of the processes
-            if rank == 0 and (stopped or step == total or now - saved > config.checkpoint_every):
-                save_checkpoint(out / "checkpoint.pt", model, optimizer, step, spent + now - began)
+            done, now = step + 1, time.monotonic()
+            if done % config.log_every == 0 or done == total:
+                report(out, total, config.batch, {
+                    "step": done, "loss": loss.item(), "ce": ce.item(), "kd": kd.item(), "penalty": penalty.item(),
+                    "threshold": tau, "lambda": lam, "density": blockprune.density(model),
+                    "lr": config.lr * rate(step, total, warmup),
+                    "examples_per_second": (done - first) * config.batch / (now - began)})
+            stopped, = mean_of_all(len(came))   # by a signal to any of the processes
+            if rank == 0 and (stopped or done == total or now - saved > config.checkpoint_every):
+                save_checkpoint(out / "checkpoint.pt", model, optimizer, done, spent + now - began)
                 saved = now
-            if stopped and step < total:
+            if stopped and done < total:
                 mean_of_all(0)      # the others wait until it is saved
-                raise KeyboardInterrupt(f"{out}: stopped at step {step} of {total}, saved; the same command goes on")
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+                raise KeyboardInterrupt(f"{out}: stopped at step {done} of {total}, saved; the same command goes on")
     if pruning:
         blockprune.set_threshold(model, config.threshold)   # Paper: evaluation is at the final τ
     return spent + time.monotonic() - began
 
 
-def report(out: Path, total: int, line: dict, batch: int) -> None:
-    """A line of log.jsonl, and its like for the terminal."""
+def report(out: Path, total: int, batch: int, line: dict) -> None:
+    """A line of log.jsonl, its losses means over the processes, and its like for the terminal."""
+    line["loss"], line["ce"], line["kd"] = mean_of_all(line["loss"], line["ce"], line["kd"])
+    if processes("cpu")[0]:
+        return
     with open(out / "log.jsonl", "a") as log:
         print(json.dumps(line), file=log)
-    pruning = "  τ {threshold:.3f}  density {density[all]:.3f}" if line["density"] else ""
+    pruning = f"  τ {line['threshold']:.3f}  density {line['density']['all']:.3f}" if line["density"] else ""
     left = (total - line["step"]) * batch / line["examples_per_second"] / 60
-    print((f"{out.name} {{step}}/{total}  loss {{loss:.3f}}  ce {{ce:.3f}}{pruning}  {{examples_per_second:.1f}} examples/s, "
-           f"{left:.1f} min left").format(**line), flush=True)
+    print(f"{out.name} {line['step']}/{total}  loss {line['loss']:.3f}  ce {line['ce']:.3f}{pruning}  "
+          f"{line['examples_per_second']:.1f} examples/s, {left:.1f} min left", flush=True)
 
 
 def save_checkpoint(path: Path, model, optimizer, step: int, seconds: float) -> None:
@@ -673,7 +686,8 @@ def restore(path: Path, model, optimizer, rank: int = 0) -> tuple[int, float]:
         raise ValueError(f"{path}: damaged, or of another model: {' '.join(str(error).split()[:20])}") from None
     if rank == 0:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]))
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        log.write_text("".join(lines))
     print(f"{path.parent}: going on from step {state['step']}")
     return state["step"], state["seconds"]
 
@@ -715,10 +729,12 @@ def claim(config: Config, command: str, contents: dict) -> bool:
         raise ValueError(f"{out} is there, and no run of ours: use another --out")
     git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True)
+    cuda, cpu = config.device == "cuda", torch.cpu.get_capabilities()
     write_json(out / "run.json", dict(
-        settings=settings, contents=contents, command=command, processes=processes(config.device)[1], commit=git.stdout.strip() or None, threads=torch.get_num_threads(),
-        processor=torch.cuda.get_device_name() if config.device == "cuda" else torch.cpu.get_capabilities().get("cpu_name"),
-        python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, tokenizers=tokenizers.__version__))
+        settings=settings, contents=contents, command=command, processes=processes(config.device)[1],
+        commit=git.stdout.strip() or None, threads=torch.get_num_threads(),
+        processor=torch.cuda.get_device_name() if cuda else cpu.get("cpu_name"), python=platform.python_version(),
+        torch=torch.__version__, numpy=np.__version__, tokenizers=tokenizers.__version__))
     return False
 
 
@@ -756,8 +772,9 @@ def run(config: Config, command: str) -> None:
         if rank:
             sys.stdout = open(os.devnull, "w")
         name = "the built-in made-up corpus, NOT SQuAD," if Path(config.data).name == "builtin" else config.data
-        print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, {config.device}, "
-              f"{config.precision}; {features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
+        print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, "
+              f"{config.device}, {config.precision}; {features.skipped} skipped (no answer at its offset), "
+              f"{features.cut} cut (too long)")
         seconds = train(model, teacher, features, config)
         if rank:
             return      # one process writes and is scored
@@ -769,27 +786,24 @@ def run(config: Config, command: str) -> None:
         model = load_model(config.out)
         scores = evaluate(model, Features(dev, tokenizer, config, training=False), config, config.out)
         write_results(config.out, model, config, training, dev, command=command, **scores, seconds=seconds)
-        print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}, {len(dev.questions)} questions of {name}")
+        print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}, "
+              f"{len(dev.questions)} questions of {name}")
 
 
-@torch.no_grad()
-def ask(folder: str) -> None:
+def ask(folder: str, config: Config) -> None:
     """A passage and questions from the terminal, one line each: the best span, its logits' sum, milliseconds."""
-    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
-    longest = min(384, model.config.max_position_embeddings)
-    config = Config(max_length=longest, stride=longest // 3, max_question=longest // 6)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    longest = min(config.max_length, model.config.max_position_embeddings)
+    config = settle(dataclasses.replace(config, max_length=longest, stride=min(config.stride, longest // 3),
+                                        max_question=min(config.max_question, longest // 6)))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {parameters / 1e6:.1f} M parameters. Give a passage, then questions; an empty line ends.")
     passage = input("passage:  ")
     while question := input("question: "):
         began = time.perf_counter()
         features = Features(Squad([passage], [("", question, 0, [])], ""), tokenizer, config, training=False)
-        batch = features.batch(np.arange(len(features)))
-        logits = model(batch["ids"], batch["types"], batch["real"])
-        value, i, j = best_spans(*logits, batch["context"], config.max_answer)
-        row = int(value.argmax())
-        text = features.text(row, int(i[row]), int(j[row])) if value[row] > -math.inf else ""
-        print(f"          {text!r}, score {value[row]:.1f}, {1000 * (time.perf_counter() - began):.0f} ms")
+        (text, value), = predict(model, features, config).values()
+        print(f"          {repr(text) if text else 'no answer'}, score {value:.1f}, {1000 * (time.perf_counter() - began):.0f} ms")
 
 
 def parse(argv: list[str] | None) -> dict:
@@ -815,7 +829,7 @@ def main(argv: list[str] | None = None) -> int:
         files, folder = arguments.pop("score"), arguments.pop("ask")
         if folder:
             with contextlib.suppress(EOFError):
-                ask(folder)
+                ask(folder, Config(**arguments))
         elif files:
             dev = Path(files[1].removesuffix(".xz"))
             predictions = {i: str(text) for i, text in read_json(files[0]).items()}

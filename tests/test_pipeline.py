@@ -278,15 +278,22 @@ def test_two_processes_follow_the_curve_of_one(chain, tmp_path, monkeypatch):
 
 
 def test_questions_from_the_terminal(chain, monkeypatch, capsys):
+    def end_of_file(prompt):
+        raise EOFError
     paragraph, question = dev_questions(chain)[0]
     typed = iter([paragraph["context"], question["question"], "what " * 70, ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert ts.main(["--ask", f"{chain}/small"]) == 0
+    assert ts.main(["--ask", f"{chain}/small", "--precision", "fp32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = [re.fullmatch(r" +'(.*)', score (-?[\d.]+), \d+ ms", line) for line in lines[1:]]
     assert len(found) == 2 and all(match[1] in paragraph["context"] for match in found)
     assert found[0][1] == read(chain / "small/predictions.json")[question["id"]]
-    typed = iter(["", "who?", EOFError])
+    typed = iter([paragraph["context"], question["question"], ""])
+    assert ts.main(["--ask", f"{chain}/small", "--v2", "--null-threshold=-1000", "--precision", "fp32"]) == 0
+    assert re.fullmatch(r" +no answer, score (-?[\d.]+), \d+ ms", capsys.readouterr().out.splitlines()[1])[1] == found[0][2]
+    monkeypatch.setattr("builtins.input", end_of_file)
+    assert ts.main(["--ask", f"{chain}/small", "--precision", "fp32"]) == 0
+    capsys.readouterr()
     assert ts.main(["--ask", f"{chain}/bert/nowhere"]) == 2 and "no model folder" in one_line(capsys)
 
 
