@@ -229,9 +229,9 @@ def main() -> None:
                   for part, count in (("train", 800), ("dev", 500)))
     rows += [*training(config, train), evaluation(config, dev), masked_step(config, train), *forwards(config.precision)]
     code = []
-    took = seconds(lambda: code.append(subprocess.run([sys.executable, "-m", "pytest", "-q", "tests"], cwd=ROOT,
+    took = seconds(lambda: code.append(subprocess.run(["make", "test", "VENV=", f"PYTHON={sys.executable}"], cwd=ROOT,
                                                       stdout=subprocess.DEVNULL).returncode))
-    rows.append(row("8", "all tests" + " (SOME FAILED)" * bool(code[0]), None, took, "s", took, 90, at_most=True))
+    rows.append(row("8", "make test" + " (SOME FAILED)" * bool(code[0]), None, took, "s", took, 90, at_most=True))
     cpu = torch.cpu.get_capabilities().get("cpu_name")
     ts.write_json(ROOT / "results" / f"bench-{DEVICE}.json", dict(
         rows=sorted(rows, key=lambda r: r["goal"]), device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu, threads=torch.get_num_threads(),
