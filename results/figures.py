@@ -251,8 +251,8 @@ def legend(x: float, y: float, names: list[tuple]) -> str:
 def curves_picture() -> str:
     """F1 lost against speed-up and against density, a line a method, and the authors' rows as hollow points."""
     paper, ours, dense = read("paper.json"), sweep(), read("sweep", "teacher", "results.json")
-    parts = [f'<text class="t" x="10" y="18">F1 lost by pruning on SQuAD v1.1: MiniLM, {dense["data"]["train_questions"] // 2:,} questions, '
-             f'scored on {dense["data"]["dev_questions"]:,} (filled), and the authors’ BERT-base, all questions (hollow)</text>',
+    parts = [f'<text class="t" x="10" y="18">F1 lost by pruning on SQuAD v1.1. Filled: MiniLM, {dense["data"]["train_questions"] // 2:,} '
+             f'questions, scored on {dense["data"]["dev_questions"]:,}. Hollow: the authors’ BERT-base, all questions</text>',
              legend(50, 38, list(zip(METHODS, COLOURS)))]
     for k, (key, column, across, scale) in enumerate((("speedup", 3, "times the speed of the dense model", 1),
                                                       ("density", 2, "encoder linear weights kept, %", 100))):
@@ -265,8 +265,9 @@ def curves_picture() -> str:
 
 
 def layers_picture() -> str:
-    """Heads and FFN width left, by layer: one model of each method, the most pruned."""
-    parts, last = [legend(50, 20, list(zip(METHODS, COLOURS)))], {m: rows[-1] for m, rows in sweep().items() if rows}
+    """Heads and FFN width left, by layer: one model of each method, the most pruned. Hybrid Filled has those of Hybrid."""
+    last = {m: rows[-1] for m, rows in sweep().items() if rows and m != "Hybrid Filled"}
+    parts = [legend(50, 20, [(m, c) for m, c in zip(METHODS, COLOURS) if m in last])]
     for k, (key, up) in enumerate((("heads", "heads left of 12"), ("ffn", "FFN dimensions left of 1,536"))):
         series = [(f"{m}, λ {r['weight']:g}", c, list(enumerate(r[key])), "dots") for m, c in zip(METHODS, COLOURS)
                   if m in last for r in [last[m]]]
