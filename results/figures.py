@@ -121,12 +121,10 @@ def sweep_table() -> str:
 
 
 def guide() -> str:
-    """λ → density, here and in the authors' log."""
-    paper, ours = read("paper.json")["rows"], sweep()
-    arrows = lambda pairs: ", ".join(f"{weight:g} → {100 * d:.0f} %" for weight, d in pairs) or "–"
-    return "\n".join(["| method | λ → density here | λ → density in the authors' runs of BERT-base |", "|---|---|---|"] + [
-        f"| {title} | {arrows((r['weight'], r['density']) for r in ours[title])} | {arrows((r[0], r[2]) for r in paper[title])} |"
-        for title in METHODS if title != "Hybrid Filled"])
+    """λ → density in the authors' log, in a line; ours is in the table of the sweep."""
+    rows = read("paper.json")["rows"]
+    return "; ".join(f"{title} " + ", ".join(f"{r[0]:g} → {100 * r[2]:.0f} %" for r in rows[title])
+                     for title in METHODS if title != "Hybrid Filled") + "."
 
 
 def at(rows: list[dict], key: str, x: float) -> np.ndarray:
