@@ -63,7 +63,7 @@ def cut_heads(a: SelfAttention, D: int) -> int:
     # attention no longer looks at the tokens, but the head still adds a mean of V: here it stays.
     """
     V, bV, O = (t.double() for t in (a.value.weight, a.value.bias, a.out.weight))
-    kept = (V.view(-1, D, V.shape[1]) != 0).flatten(1).any(1) & (O.view(len(O), -1, D) != 0).any(2).any(0)
+    kept = (V.view(-1, D * V.shape[1]) != 0).any(1) & (O.view(len(O), -1, D) != 0).any((0, 2))
     rows = kept.repeat_interleave(D)                                        # (H · D)
     fold(a.out, O[:, ~rows] @ bV[~rows])
     for linear in (a.query, a.key, a.value):
@@ -114,7 +114,7 @@ def keep(linear: nn.Linear, kept: Tensor, dim: int) -> None:
 def heads_authors_rule(model: BertForQuestionAnswering) -> list[int]:
     """Heads left in each layer by the reference's rule: Q, K and V not empty, and at least one (not exact)."""
     D = model.config.head_size
-    return [max(min(1, a.heads), int(torch.stack([(w.view(-1, D, w.shape[1]) != 0).flatten(1).any(1) for w in (
+    return [max(min(1, a.heads), int(torch.stack([(w.view(-1, D * w.shape[1]) != 0).any(1) for w in (
             a.query.weight, a.key.weight, a.value.weight)]).all(0).sum()))
             for a in (layer.attention for layer in model.bert.layers)]
 
@@ -159,34 +159,29 @@ def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: i
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, models[0].config.vocab_size, (batch, length), generator=generator).to(device)
+    synchronize = torch.get_device_module(device).synchronize       # nothing on a CPU
     times: list[list[float]] = [[] for _ in models]
     models = [model.eval().to(device) for model in models]
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):   # Note: around all, so weights are cast once
-        for turn in range(-1, repeats):
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):   # Note: so weights are cast once
+        for _ in range(1 + repeats):    # the first turn warms up
             for model, spent in zip(models, times):
                 model(ids)
-                if device != "cpu":
-                    torch.cuda.synchronize()
+                synchronize()
                 start = time.perf_counter()
                 model(ids)
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                if turn >= 0:
-                    spent.append(1000 * (time.perf_counter() - start))
-    return times
+                synchronize()
+                spent.append(1000 * (time.perf_counter() - start))
+    return [spent[1:] for spent in times]
 
 
 # --------------------------------------------------------------------------------------- pictures
 
 def draw(config: BertConfig) -> str:
     """Heads and FFN width left in each layer, as text."""
-    lines = []
-    for i, (heads, width) in enumerate(zip(config.heads, config.ffn)):
-        full, most = config.num_attention_heads, config.intermediate_size
-        bar = round(24 * width / most)
-        lines.append(f"layer {i:2}  heads {'■' * heads}{'·' * (full - heads)} {heads:2}/{full}   "
-                     f"ffn {'█' * bar}{'·' * (24 - bar)} {width:4}/{most}")
-    return "\n".join(lines)
+    full, most = config.num_attention_heads, config.intermediate_size
+    return "\n".join(f"layer {i:2}  heads {'■' * heads:·<{full}} {heads:2}/{full}   "
+                     f"ffn {'█' * round(24 * width / most):·<24} {width:4}/{most}"
+                     for i, (heads, width) in enumerate(zip(config.heads, config.ffn)))
 
 
 @torch.no_grad()
@@ -228,11 +223,6 @@ def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
     return model
 
 
-RESULTS = ("exact_match", "f1", "exact_match_masked", "f1_masked", "max_abs_logit_difference", "parameters", "density",
-           "heads", "heads_authors_rule", "ffn", "latency_ms", "speedup", "flops_ratio", "batch", "length", "device",
-           "threads", "precision", "data", "seed", "command", "seconds", "weights_sha256")
-
-
 def weights_sha256(folder: str | Path) -> str:
     """Of the weights in a model folder."""
     path = Path(folder, "model.safetensors")
@@ -252,12 +242,14 @@ def write_results(folder: str | Path, model: BertForQuestionAnswering, config, t
 
     config, training, dev: the Config and the two Squads of train_squad.py (training may be None). heads and
     ffn are those that compaction leaves; density is non-zero / dense linear weights; precision is that of
-    training and scoring, latency_ms is in fp32.
+    training and scoring; latency_ms is in fp32, and device and threads are where it was measured, once it was.
     """
     counts, small = count_parameters(model), compact(model).config
     data = dict(name=Path(config.data).name, sha256={"train": training and training.sha256, "dev": dev.sha256},
                 train_questions=training and len(training.questions), dev_questions=len(dev.questions))
-    results = dict.fromkeys(RESULTS) | dict(
+    unknown = ("exact_match", "f1", "exact_match_masked", "f1_masked", "max_abs_logit_difference", "latency_ms", "speedup",
+               "flops_ratio", "batch", "length", "command", "seconds")
+    results = dict.fromkeys(unknown) | dict(
         parameters=counts, density=counts["linear_nonzero"] / counts["linear_dense"], heads=small.heads,
         heads_authors_rule=heads_authors_rule(model), ffn=small.ffn, device=config.device, data=data,
         threads=torch.get_num_threads(), precision=config.precision, seed=config.seed,
@@ -274,10 +266,9 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
     """
     worst, largest, doubtful = torch.zeros(()), 1.0, []
     for batch in batches:
-        real, outputs = batch["real"], []
-        for m in (model, small):
-            outputs.append([logits.masked_fill(~real, 0) for logits in m(batch["ids"], batch["types"], real)])
-        (s, e), (s2, e2) = outputs
+        real = batch["real"]
+        (s, e), (s2, e2) = ([logits.masked_fill(~real, 0) for logits in m(batch["ids"], batch["types"], real)]
+                            for m in (model, small))
         worst = torch.maximum(worst, torch.stack([(s - s2).abs(), (e - e2).abs()]).max().cpu())     # NaN stays NaN
         largest = max(largest, float(s.abs().max()), float(e.abs().max()))
         (value, i, j), (_, i2, j2) = spans(s, e, batch["context"]), spans(s2, e2, batch["context"])
@@ -296,13 +287,11 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None, command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
     import train_squad as ts
-    weights, source, began = weights_sha256(folder), [str(folder), data, v2, dev_questions], time.monotonic()
+    settings, began = read_json(folder / "run.json", "settings")["settings"], time.monotonic()
+    weights, source = weights_sha256(folder), [str(folder), data, v2, dev_questions]
     found = read_json(out / "run.json") if (out / "run.json").is_file() else {}
     if out.is_file() or out.exists() and any(out.iterdir()) and found.get("compacted") != source:
         raise ValueError(f"{out} is there, and is not {folder} compacted and scored so: use another --out")
-    if scored(out) and found.get("compacted_weights") == weights:
-        return print(f"{out}: finished before, its results.json is there")
-    settings = read_json(folder / "run.json", "settings")["settings"]
     try:
         config = ts.Config(**settings)
     except TypeError as error:
@@ -310,7 +299,9 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
     config.data, config.v2, config.device = data or config.data, v2 or config.v2, None
     config.dev_questions = config.dev_questions if dev_questions is None else dev_questions
     config = ts.settle(config)
-    dev = ts.read_squad(config.data, ts.file_name("dev", config.v2), config.dev_questions, config.seed)
+    dev = ts.read_squad(config.data, ts.file_name("dev", config.v2), config.dev_questions)
+    if (old := scored(out)) and found.get("compacted_weights") == weights and old["data"]["sha256"]["dev"] == dev.sha256:
+        return print(f"{out}: finished before, its results.json is there")
     features = ts.Features(dev, load_tokenizer(folder), config, training=False)
     masked = load_pruning(folder).eval().to(config.device)
     small = compact(masked)
@@ -345,21 +336,21 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -
     if stale := [str(folder) for folder in folders if not scored(folder)]:
         raise ValueError(f"results.json is not of the weights beside it: {', '.join(stale)}. Run what made it again")
     dev_sets = {(d["sha256"]["dev"], d["dev_questions"]) for d in (row["data"] for row in rows)}
-    if len(dev_sets) > 1 or data and {sha for sha, _ in dev_sets} != {ts.read_squad(data, ts.file_name("dev", v2)).sha256}:
+    if len(dev_sets) > 1 or data and next(iter(dev_sets))[0] != ts.read_squad(data, ts.file_name("dev", v2)).sha256:
         raise ValueError("the models were not scored on the same dev questions")
     models = [load_model(folder) for folder in folders]
     if min(batch, length) < 1 or length > (most := min(model.config.max_position_embeddings for model in models)):
         raise ValueError(f"--batch {batch}, --length {length}: over 0, and within the models' {most} positions")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, full = "cuda" if torch.cuda.is_available() else "cpu", models[0].config
     times = [statistics.median(t) for t in benchmark(models, batch, length, device=device)]
     print(f"\n{'model':16} {'EM':>6} {'F1':>6} {'linear':>8} {'density':>8} {'total':>8} {'heads':>7} {'FLOPs':>7} "
           f"{'ms':>7} {'speed':>6}")
     table = []
     for folder, results, model, ms in zip(folders, rows, models, times):
-        results.update(latency_ms=ms, speedup=times[0] / ms, batch=batch, length=length,
-                       flops_ratio=flops(models[0].config, length) / flops(model.config, length))
+        results.update(latency_ms=ms, speedup=times[0] / ms, batch=batch, length=length, device=device,
+                       threads=torch.get_num_threads(), flops_ratio=flops(full, length) / flops(model.config, length))
         write_json(folder / "results.json", results)
-        p, heads = results["parameters"], f"{sum(results['heads']):3}/{sum(models[0].config.heads)}"
+        p, heads = results["parameters"], f"{sum(results['heads']):3}/{sum(full.heads)}"
         print(f"{folder.name:16} {results['exact_match']:6.2f} {results['f1']:6.2f} {p['linear_nonzero'] / 1e6:7.2f}M "
               f"{results['density']:8.3f} {p['total'] / 1e6:7.2f}M {heads:>7} "
               f"{results['flops_ratio']:6.2f}x {ms:7.1f} {results['speedup']:5.2f}x")

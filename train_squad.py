@@ -117,7 +117,8 @@ def settle(config: Config) -> Config:
         raise ValueError("--device cuda: there is none here")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     units = torch.cpu.get_capabilities()    # Note: without such units bf16 is slower than fp32
-    bf16 = torch.cuda.is_bf16_supported() if c.device == "cuda" else units.get("amx_bf16") or units.get("avx512_bf16")
+    bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if c.device == "cuda" else
+            units.get("amx_bf16") or units.get("avx512_bf16"))
     c.precision = c.precision or ("bf16" if bf16 else "fp32")
     c.preset = c.preset or ("builtin" if Path(c.data).name == "builtin" else "small")
     stage = "fill" if c.fill else "dense" if c.method == "dense" else "prune"
@@ -204,7 +205,7 @@ def file_name(part: str, v2: bool) -> str:
     return f"{part}-v2.0.json" if v2 else f"{part}-v1.1.json"
 
 
-def read_squad(folder: str | Path, name: str, limit: int | None = None, seed: int = 0) -> Squad:
+def read_squad(folder: str | Path, name: str, limit: int | None = None, seed: int = Config.seed) -> Squad:
     """SQuAD's JSON from folder/name or folder/name.xz; with a limit, the first of a seeded shuffle.
 
     FileNotFoundError if it is not there; ValueError with the place where a key is missing or not of its type.
@@ -370,12 +371,11 @@ def training_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> l
 def evaluation_batches(lengths: np.ndarray, device: str) -> list[np.ndarray]:
     """All windows in order of length, in batches of at most so many tokens, padding counted, as suit the device."""
     tokens = 65536 if device == "cuda" else 2048    # Note: what a layer makes of 2,048 stays in a CPU's cache
-    order, batches, first = np.argsort(lengths, kind="stable"), [], 0
-    for i in range(1, len(order) + 1):
-        if i == len(order) or (i + 1 - first) * lengths[order[i]] > tokens:
-            batches.append(order[first:i])
-            first = i
-    return batches
+    order, cuts = np.argsort(lengths, kind="stable"), [0]
+    for i in range(1, len(order)):
+        if (i + 1 - cuts[-1]) * lengths[order[i]] > tokens:
+            cuts.append(i)
+    return np.split(order, cuts[1:])
 
 
 # -------------------------------------------------------------------------------------- prediction
@@ -596,8 +596,9 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
     optimizer = torch.optim.AdamW(
         blockprune.parameter_groups(model, config.lr, config.score_lr, config.weight_decay), fused=True)
     first, spent = restore(out / "checkpoint.pt", model, optimizer, rank)
-    began = saved = time.monotonic()
+    began = time.monotonic()
     taught = teach(teacher, features, config) if teacher and first < total else None
+    ready = saved = time.monotonic()
     forward = model
     if world > 1:   # gradients become means over the processes
         forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
@@ -629,16 +630,17 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             schedule.step()
             done, now = step + 1, time.monotonic()
             if done % config.log_every == 0 or done == total:
-                report(out, total, config.batch, {
-                    "step": done, "loss": loss.item(), "ce": ce.item(), "kd": kd.item(), "penalty": penalty.item(),
-                    "threshold": tau, "lambda": lam, "density": blockprune.density(model),
-                    "lr": config.lr * rate(step, total, warmup),
-                    "examples_per_second": (done - first) * config.batch / (now - began)})
+                losses = dict(zip(("loss", "ce", "kd"), mean_of_all(loss.item(), ce.item(), kd.item())))
+                line = {"step": done, **losses, "penalty": penalty.item(), "threshold": tau, "lambda": lam,
+                        "density": blockprune.density(model), "lr": config.lr * rate(step, total, warmup),
+                        "examples_per_second": (done - first) * config.batch / (now - ready)}
+                if rank == 0:
+                    report(out, total, config.batch, line)
             stopped, = mean_of_all(len(came))   # by a signal to any of the processes
             if rank == 0 and (stopped or done == total or now - saved > config.checkpoint_every):
                 save_checkpoint(out / "checkpoint.pt", model, optimizer, done, spent + now - began)
                 saved = now
-            if stopped and done < total:
+            if stopped:
                 mean_of_all(0)      # the others wait until it is saved
                 raise KeyboardInterrupt(f"{out}: stopped at step {done} of {total}, saved; the same command goes on")
     if pruning:
@@ -647,10 +649,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
 
 
 def report(out: Path, total: int, batch: int, line: dict) -> None:
-    """A line of log.jsonl, its losses means over the processes, and its like for the terminal."""
-    line["loss"], line["ce"], line["kd"] = mean_of_all(line["loss"], line["ce"], line["kd"])
-    if processes("cpu")[0]:
-        return
+    """A line of log.jsonl, and its like for the terminal."""
     with open(out / "log.jsonl", "a") as log:
         print(json.dumps(line), file=log)
     pruning = f"  τ {line['threshold']:.3f}  density {line['density']['all']:.3f}" if line["density"] else ""
@@ -660,9 +659,8 @@ def report(out: Path, total: int, batch: int, line: dict) -> None:
 
 
 def save_checkpoint(path: Path, model, optimizer, step: int, seconds: float) -> None:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state = {"step": step, "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "rng": torch.get_rng_state(), "cuda_rng": cuda}
+             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     with replacing(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -670,26 +668,24 @@ def save_checkpoint(path: Path, model, optimizer, step: int, seconds: float) -> 
             raise OSError(f"{path} cannot be written: {error}") from None
 
 
-def restore(path: Path, model, optimizer, rank: int = 0) -> tuple[int, float]:
+def restore(path: Path, model, optimizer, rank: int) -> tuple[int, float]:
     """Take up the checkpoint, if there is one, and cut the log back to it (process 0): its step and seconds."""
-    log = path.with_name("log.jsonl")
-    if not path.exists():
-        _ = rank or log.unlink(missing_ok=True)
-        return 0, 0.0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])
-    except Exception as error:  # of whatever kind: pickle, zip and struct have their own
-        raise ValueError(f"{path}: damaged, or of another model: {' '.join(str(error).split()[:20])}") from None
-    if rank == 0:
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        log.write_text("".join(lines))
-    print(f"{path.parent}: going on from step {state['step']}")
-    return state["step"], state["seconds"]
+    step, seconds, log = 0, 0.0, path.with_name("log.jsonl")
+    if path.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])
+            step, seconds = state["step"], state["seconds"]
+        except Exception as error:  # of whatever kind: pickle, zip and struct have their own
+            raise ValueError(f"{path}: damaged, or of another model: {' '.join(str(error).split()[:20])}") from None
+        print(f"{path.parent}: going on from step {step}")
+    if rank == 0 and log.exists():
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    return step, seconds
 
 
 # ------------------------------------------------------------------------------------- run folders
@@ -742,10 +738,13 @@ def claim(config: Config, command: str, contents: dict) -> bool:
 
 def run(config: Config, command: str) -> None:
     """One run, from settings to results.json: train, save, read back what was saved, score that."""
+    if config.precision is None and (path := Path(config.out, "run.json")).is_file():   # a run keeps what it began with
+        config = dataclasses.replace(config, precision=read_json(path, "settings")["settings"].get("precision"))
     config = settle(config)
-    rank, world = processes(config.device)
-    training, dev = (read_squad(config.data, file_name(part, config.v2), limit, config.seed)
-                     for part, limit in (("train", config.questions), ("dev", config.dev_questions)))
+    if rank := processes(config.device)[0]:
+        sys.stdout = open(os.devnull, "w")
+    training = read_squad(config.data, file_name("train", config.v2), config.questions, config.seed)
+    dev = read_squad(config.data, file_name("dev", config.v2), config.dev_questions)   # the same ones for every seed
     tokenizer, vocab = load_tokenizer(config.init), Path(config.init, "vocab.txt")
     torch.manual_seed(config.seed)
     model = load_model(config.init, fresh_head=not config.fill)
@@ -762,15 +761,11 @@ def run(config: Config, command: str) -> None:
         add_masks(model, config.method, config.block)
     with held(Path(config.out)) if rank == 0 else contextlib.nullcontext():
         contents = {f"contents of {name}": sha for name, sha in (
-            ("data", training.sha256), ("init", weights_sha256(config.init)),
+            ("data", training.sha256), ("dev", dev.sha256), ("init", weights_sha256(config.init)),
             ("teacher", config.teacher and weights_sha256(config.teacher)))}
-        finished = [rank == 0 and claim(config, command, contents)]
-        if world > 1:
-            dist.broadcast_object_list(finished)
-        if finished[0]:
+        finished, = mean_of_all(float(rank == 0 and claim(config, command, contents)))
+        if finished:
             return print(f"{config.out}: finished before, its results.json is there")
-        if rank:
-            sys.stdout = open(os.devnull, "w")
         name = "the built-in made-up corpus, NOT SQuAD," if Path(config.data).name == "builtin" else config.data
         print(f"{config.out}: {len(training.questions)} questions of {name} in {len(features)} windows, "
               f"{config.device}, {config.precision}; {features.skipped} skipped (no answer at its offset), "
@@ -803,7 +798,8 @@ def ask(folder: str, config: Config) -> None:
         began = time.perf_counter()
         features = Features(Squad([passage], [("", question, 0, [])], ""), tokenizer, config, training=False)
         (text, value), = predict(model, features, config).values()
-        print(f"          {repr(text) if text else 'no answer'}, score {value:.1f}, {1000 * (time.perf_counter() - began):.0f} ms")
+        print(f"          {repr(text) if text else 'no answer'}, score {value:.1f}, "
+              f"{1000 * (time.perf_counter() - began):.0f} ms")
 
 
 def parse(argv: list[str] | None) -> dict:

@@ -368,18 +368,18 @@ def break_at(monkeypatch, step, how):
         monkeypatch.setattr(torch, "save", full)
 
 
-@pytest.mark.parametrize("stage, how", [("dense", signal.SIGINT), ("prune", signal.SIGTERM), ("fill", signal.SIGINT),
-                                        ("prune", "nan"), ("fill", "full")])
-def test_a_broken_run_goes_on_to_the_same_bits(chain, unbroken, tmp_path, monkeypatch, capsys, stage, how):
+@pytest.mark.parametrize("stage, how, step", [("dense", signal.SIGINT, 5), ("prune", signal.SIGTERM, 5),
+                                              ("fill", signal.SIGINT, 12), ("prune", "nan", 5), ("fill", "full", 5)])
+def test_a_broken_run_goes_on_to_the_same_bits(chain, unbroken, tmp_path, monkeypatch, capsys, stage, how, step):
     (flags, more), whole, handler = STAGES[stage], unbroken(stage), signal.getsignal(signal.SIGINT)
     asked = how not in ("nan", "full")
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        break_at(patch, 5, how)
+        break_at(patch, step, how)
         code = train(chain, tmp_path / "run", *flags, "--checkpoint-every", "300" if asked else "0", **more)
-    said = {"nan": "loss.* nan", "full": "No space left"}.get(how, "stopped at step 5 of 12.*the same command goes on")
+    said = {"nan": "loss.* nan", "full": "No space left"}.get(how, f"stopped at step {step} of 12.*the same command goes on")
     assert code == (130 if asked else 2) and re.search(said, one_line(capsys, error=not asked))
-    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == (5 if asked else 4)
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == (step if asked else 4)
     assert not (tmp_path / "run/results.json").exists() and not list(tmp_path.glob("run/*.tmp"))
     assert signal.getsignal(signal.SIGINT) is handler
     with open(tmp_path / "run/log.jsonl", "a") as file:
@@ -644,17 +644,32 @@ def test_a_run_whose_start_has_changed_is_not_taken_for_finished(chain, tmp_path
     shutil.copytree(chain / "bert", tmp_path / "bert")
     shutil.copytree(chain / "data", tmp_path / "data")
     run = [tmp_path / "run", *SHORT, "--data", str(tmp_path / "data")]
-    assert train(chain, *run, init=tmp_path / "bert") == 0
-    weights, data = tmp_path / "bert/model.safetensors", tmp_path / "data/train-v1.1.json"
-    for path, what in ((weights, "contents of init"), (data, "contents of data")):
+    compaction = [str(tmp_path / "run"), "--out", str(tmp_path / "small")]
+    assert train(chain, *run, init=tmp_path / "bert") == 0 and compact.main(compaction) == 0
+    weights, data, dev = tmp_path / "bert/model.safetensors", *(tmp_path / f"data/{part}-v1.1.json" for part in ("train", "dev"))
+    for path, what in ((weights, "contents of init"), (data, "contents of data"), (dev, "contents of dev")):
         before = path.read_bytes()
         path.write_bytes(before[:-1] + (b"\1" if path is weights else b" \n"))
         capsys.readouterr()
         assert train(chain, *run, init=tmp_path / "bert") == 2
         said = one_line(capsys)
         assert what in said and said.count(" was ") == 1
+        assert compact.main(compaction) == 0 and ("finished before" in capsys.readouterr().out) == (path is not dev)
         path.write_bytes(before)
     assert train(chain, *run, init=tmp_path / "bert") == 0 and "finished before" in capsys.readouterr().out
+
+
+def test_a_run_keeps_its_precision_and_all_seeds_share_a_dev_set(chain, tmp_path, monkeypatch, capsys):
+    """Begun where there are bf16 units, gone on with where there are none."""
+    flags = ["--data", f"{chain}/data", "--init", f"{chain}/bert", *SHORT, "--dev-questions", "7", "--device", "cpu",
+             *"--max-length 48 --max-question 16 --stride 8".split()]
+    asked = []
+    for seed, units in (("17", True), ("17", False), ("18", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+        assert ts.main([*flags, "--seed", seed, "--out", f"{tmp_path}/{seed}"]) == 0
+        asked.append(list(read(tmp_path / seed / "predictions.json")))
+    assert [read(tmp_path / seed / "run.json")["settings"]["precision"] for seed in ("17", "18")] == ["bf16", "fp32"]
+    assert capsys.readouterr().out.count("finished before") == 1 and asked[0] == asked[1] == asked[2]
 
 
 def test_odd_answers_passages_and_questions_are_counted_and_said(home, tmp_path, capsys):
