@@ -286,16 +286,11 @@ def run_picture(run: str) -> str:
     return svg(850, 480, parts)
 
 
-def runs_of(row: str):
-    """(start, length) of each run of 1s."""
-    return [(m.start(), len(m[0])) for m in re.finditer("1+", row)]
-
-
 def matrix(rows: list[str], x: float, y: float, width: float, height: float) -> str:
     """A mask as one path of kept blocks over a pruned background."""
     h, w = height / len(rows), width / len(rows[0])
-    path = "".join(f"M{x + a * w:.2f} {y + i * h:.2f}h{n * w:.2f}v{h:.2f}h{-n * w:.2f}z"
-                   for i, row in enumerate(rows) for a, n in runs_of(row))
+    path = "".join(f"M{x + run.start() * w:.2f} {y + i * h:.2f}h{len(run[0]) * w:.2f}v{h:.2f}h{-len(run[0]) * w:.2f}z"
+                   for i, row in enumerate(rows) for run in re.finditer("1+", row))
     return f'<rect class="p" x="{x}" y="{y}" width="{width}" height="{height}"/><path class="k" d="{path}"/>'
 
 

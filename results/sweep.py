@@ -38,6 +38,13 @@ def keep(model: Path, trained: Path) -> None:
             shutil.copy(source, folder / name)
 
 
+def measure(data: str, teacher: Path, models: dict[Path, Path]) -> None:
+    """Speed against the teacher, taking turns, into the results; what is small of all is kept."""
+    run("compact.py", "--data", data, "--compare", *dict.fromkeys([teacher, *models]))
+    for model, trained in ({teacher: teacher} | models).items():
+        keep(model, trained)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("points", nargs="*", default=POINTS)
@@ -51,6 +58,7 @@ def main() -> None:
     common = ["--data", a.data, "--max-length", a.max_length, "--dev-questions", a.dev_questions]
     teacher = a.runs / "teacher"
     run("train_squad.py", *common, "--init", a.init, "--out", teacher, "--questions", 2 * a.questions, "--epochs", 2)
+    everything = {teacher: teacher}     # model folder → the run that trained it
     for point in a.points:
         method, block, weight = point.split("-")
         masked, small, filled = a.runs / point, a.runs / f"{point}-compact", a.runs / f"{point}-filled"
@@ -58,13 +66,13 @@ def main() -> None:
         run("train_squad.py", *distilled, "--init", teacher, "--method", method, "--block", block,
             "--final-lambda", weight, "--out", masked)
         run("compact.py", masked, "--data", a.data, "--out", small)
-        kept = {teacher: teacher, small: masked}
+        new = {small: masked}
         if method == "hybrid":
             run("train_squad.py", *distilled, "--init", small, "--fill", "--out", filled)
-            kept[filled] = filled
-        run("compact.py", "--data", a.data, "--compare", *kept)     # speed against the teacher, taking turns
-        for model, trained in kept.items():
-            keep(model, trained)
+            new[filled] = filled
+        everything |= new
+        measure(a.data, teacher, new)
+    measure(a.data, teacher, everything)    # once more, all in one go
 
 
 if __name__ == "__main__":
