@@ -332,6 +332,7 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -
     results.json of one is not of its weights.
     """
     import train_squad as ts
+    data = data and ts.settle(ts.Config(data=data)).data
     rows = [read_json(folder / "results.json", "data", "parameters", "f1") for folder in folders]
     if stale := [str(folder) for folder in folders if not scored(folder)]:
         raise ValueError(f"results.json is not of the weights beside it: {', '.join(stale)}. Run what made it again")

@@ -130,9 +130,7 @@ def guide() -> str:
 def at(rows: list[dict], key: str, x: float) -> np.ndarray:
     """Each question's F1 at `key` = x, in a line between the two points around it."""
     rows = sorted(rows, key=lambda r: r[key])
-    a, b = next(pair for pair in zip(rows, rows[1:]) if pair[0][key] <= x <= pair[1][key])
-    share = (x - a[key]) / (b[key] - a[key])
-    return (1 - share) * a["questions"] + share * b["questions"]
+    return np.array([np.interp(x, [r[key] for r in rows], f1) for f1 in zip(*(r["questions"] for r in rows))])
 
 
 def interval(difference: np.ndarray, draws: int = 4000) -> tuple[float, float]:
@@ -183,8 +181,7 @@ def verdict(difference: np.ndarray) -> str:
 def readme(text: str) -> str:
     """README.md with the parts between <!-- name --> and <!-- end --> written again."""
     log = (HERE / "builtin" / "log.txt").read_text().splitlines()[-5:]
-    done = any((HERE / "sweep").glob("*-*"))
-    makers = {"places": places(), **({"sweep": sweep_table(), "guide": guide(), "verdicts": verdicts()} if done else {}),
+    makers = {"places": places(), "sweep": sweep_table(), "guide": guide(), "verdicts": verdicts(),
               "builtin-log": "\n" + "".join(f"    {line}\n" for line in log),
               **{path.stem: speed(path) for path in HERE.glob("bench-*.json")},
               **{path.parent.name: table(path.parent.name) for path in HERE.glob("*/summary.json")}}
@@ -327,9 +324,8 @@ def main() -> int:
         run = path.parent.parent.name
         (HERE / f"masks-{run}.svg").write_text(masks_picture(run))
         (HERE / f"run-{run}.svg").write_text(run_picture(run))
-    if any((HERE / "sweep").glob("*-*")):
-        (HERE / "curves.svg").write_text(curves_picture())
-        (HERE / "layers.svg").write_text(layers_picture())
+    (HERE / "curves.svg").write_text(curves_picture())
+    (HERE / "layers.svg").write_text(layers_picture())
     (ROOT / "README.md").write_text(readme(text))
     return 0
 

@@ -718,6 +718,8 @@ def test_a_compaction_that_changes_the_function_and_a_table_of_no_results(chain,
         folders = [f"{chain}/{name}" for name in folders]
         assert compact.main(["--compare", *folders, "--batch", "2", "--length", length]) == 2
         assert re.search(said, one_line(capsys)) and snapshot(chain) == before
+    monkeypatch.chdir(tmp_path)     # the built-in corpus is written under data/
+    assert compact.main(["--compare", f"{chain}/teacher", "--data", "builtin"]) == 2 and "same dev questions" in one_line(capsys)
 
 
 # -------------------------------------------------------------------------------------- the Makefile
