@@ -53,7 +53,7 @@ class BlockMask(nn.Module):
 
     A weight of more dimensions is seen as the matrix `weight.flatten(1)`: a convolution is (out,
     in · kh · kw). Blocks need not divide the matrix: those at its edge are smaller.
-    # Differs: the reference asserts exact division, and can be told to keep a floor of blocks.
+    # Differs: the reference asserts exact division, and by default keeps a floor of 0.5 % of the blocks.
 
     shape: (R, C) of that matrix.      block: (r, c), 1 ≤ r ≤ R and 1 ≤ c ≤ C, else ValueError.
     scores: a parameter to share, one element for each of the ⌈R/r⌉ · ⌈C/c⌉ blocks. Fresh ones start

@@ -40,7 +40,7 @@ def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
     that add nothing or a constant go, and the constants go into the bias that follows: see cut_heads() and
     cut_dimensions(), which works for any two linears.
 
-    # Differs: the reference drops the constants, and keeps one head and one dimension in every layer.
+    # Differs: the reference drops the constants, and keeps at least one head and one dimension a layer.
     """
     small = blockprune.bake(copy.deepcopy(model))
     for layer in small.bert.layers:
@@ -59,8 +59,8 @@ def cut_heads(a: SelfAttention, D: int) -> int:
         V rows all 0: its values are the bias bᵥ, whatever
             the attention is (a row of it sums to 1)             adds O bᵥ
 
-    # Differs: the reference removes a head as soon as one of Q, K and V is empty. With Q or K empty
-    # attention no longer looks at the tokens, but the head still adds a mean of V: here it stays.
+    # Differs: the reference removes a head as soon as one of Q, K and V is empty. With Q or K and its
+    # bias empty attention is uniform, but the head still adds a mean of V: here it stays.
     """
     V, bV, O = (t.double() for t in (a.value.weight, a.value.bias, a.out.weight))
     kept = (V.view(-1, D * V.shape[1]) != 0).any(1) & (O.view(len(O), -1, D) != 0).any((0, 2))

@@ -60,7 +60,7 @@ class Config:
     block: str = "32x32"                # r x c of query, key, value, transposed for out; with block also of fc1, fc2
     fill: bool = False                  # refill a compacted model: noise for zeros, then fine-tuning
     v2: bool = False                    # SQuAD 2.0, train-v2.0.json and dev-v2.0.json: a question may have no answer
-    null_threshold: float = 0           # of v2: none is given if that scores so much more than the best  [R:qa_xp.py]
+    null_threshold: float = 0           # v2: no answer where [CLS] beats the best span by more  [R:qa_xp.py]
     preset: str | None = None           # {builtin,small,paper}: gives the values of the fields left None
     questions: int | None = None        # first n of a seeded shuffle of the training questions; None: all
     dev_questions: int | None = None    # the same of the dev questions; None: all
@@ -77,7 +77,7 @@ class Config:
     initial_warmup: float = 1           # τ stays 0 for so many warm-ups  [R:command_line.py]
     final_warmup: float = 10            # and stays final for so many at the end  [R:command_line.py]
     threshold: float = 0.1              # final τ: a block is pruned at σ(S) ≤ τ  [R:command_line.py]
-    final_lambda: float | None = None   # λ at the final τ: the higher, the less is kept; paper: 2.5 to 40
+    final_lambda: float | None = None   # λ at the final τ: the higher, the less is kept; paper, hybrid: 2.5 to 40
     attention_lambda: float | None = None   # times λ, for attention; 1, or 0.05 for struct, whose scores are few
     dense_lambda: float | None = None   # times λ, for the FFN; 1; paper: 0.25 for the headline model
     alpha_ce: float = 0.1               # weight of the cross entropy, if there is a teacher  [R:command_line.py]
@@ -116,7 +116,7 @@ def settle(config: Config) -> Config:
     if c.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is none here")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    units = torch.cpu.get_capabilities()    # Note: without such units bf16 is slower than fp32
+    units = torch.cpu.get_capabilities()    # Differs: fp32 there. Note: without such units bf16 is slower
     bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if c.device == "cuda" else
             units.get("amx_bf16") or units.get("avx512_bf16"))
     c.precision = c.precision or ("bf16" if bf16 else "fp32")

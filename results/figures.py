@@ -124,7 +124,7 @@ def guide() -> str:
     """λ → density in the authors' log, in a line; ours is in the table of the sweep."""
     rows = read("paper.json")["rows"]
     return "; ".join(f"{title} " + ", ".join(f"{r[0]:g} → {100 * r[2]:.0f} %" for r in rows[title])
-                     for title in METHODS if title != "Hybrid Filled") + "."
+                     for title in METHODS if title != "Hybrid Filled") + " (attention × 0.00156, 0.00156, 0.05)."
 
 
 def at(rows: list[dict], key: str, x: float) -> np.ndarray:
@@ -150,7 +150,7 @@ def equal(first: list[dict], second: list[dict], key: str) -> tuple[float, np.nd
 
 def verdicts() -> str:
     """The four shapes that the paper claims, held against the sweep."""
-    p, lines = sweep(), ["| the paper's claim | here | 95 % interval | shown |", "|---|---|---|---|"]
+    p, lines = sweep(), ["| the authors' result | here | 95 % interval | shown |", "|---|---|---|---|"]
     for claim, first, second, key in (
             ("smaller blocks keep more F1 at equal density", "Unstructured 1x1", "Block 8x8", "density"),
             ("", "Block 8x8", "Block 32x32", "density"), ("", "Unstructured 1x1", "Block 32x32", "density"),
@@ -246,7 +246,7 @@ def legend(x: float, y: float, names: list[tuple]) -> str:
 def curves_picture() -> str:
     """F1 lost against speed-up and against density, a line a method, and the authors' rows as hollow points."""
     paper, ours, dense = read("paper.json"), sweep(), read("sweep", "teacher", "results.json")
-    parts = [f'<text class="t" x="10" y="18">F1 lost by pruning on SQuAD v1.1. Filled: MiniLM, {dense["data"]["train_questions"] // 2:,} '
+    parts = [f'<text class="t" x="10" y="18">F1 lost by pruning on SQuAD v1.1. Solid: MiniLM, {dense["data"]["train_questions"] // 2:,} '
              f'questions, scored on {dense["data"]["dev_questions"]:,}. Hollow: the authors’ BERT-base, all questions</text>',
              legend(50, 38, list(zip(METHODS, COLOURS)))]
     for k, (key, column, across, scale) in enumerate((("speedup", 3, "times the speed of the dense model", 1),
