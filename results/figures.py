@@ -255,7 +255,7 @@ def curves_picture() -> str:
                   for m, c in zip(METHODS, COLOURS)]
         series += [(m, c, sorted((scale * r[key], r["f1"] - dense["f1"]) for r in ours[m]), "dots")
                    for m, c in zip(METHODS, COLOURS) if ours[m]]
-        parts.append(chart(10 + 420 * k, 50, "", across, "F1 minus that of the own dense model", series, 410, 330))
+        parts.append(chart(10 + 420 * k, 50, "", across, "F1 minus that of its own dense model", series, 410, 330))
     return svg(850, 390, parts)
 
 
