@@ -116,7 +116,7 @@ def settle(config: Config) -> Config:
     if c.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is none here")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    units = torch.cpu.get_capabilities()    # Differs: fp32 there. Note: without such units bf16 is slower
+    units = torch.cpu.get_capabilities()    # Differs: the reference is fp32. Note: without such units it is faster
     bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if c.device == "cuda" else
             units.get("amx_bf16") or units.get("avx512_bf16"))
     c.precision = c.precision or ("bf16" if bf16 else "fp32")
