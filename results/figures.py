@@ -261,12 +261,12 @@ def curves_picture() -> str:
 
 def layers_picture() -> str:
     """Heads and FFN width left, by layer: one model of each method, the most pruned. Hybrid Filled has those of Hybrid."""
-    last = {m: rows[-1] for m, rows in sweep().items() if rows and m != "Hybrid Filled"}
+    last, dense = {m: rows[-1] for m, rows in sweep().items() if rows and m != "Hybrid Filled"}, read("sweep", "teacher", "results.json")
     parts = [legend(50, 20, [(m, c) for m, c in zip(METHODS, COLOURS) if m in last])]
-    for k, (key, up) in enumerate((("heads", "heads left of 12"), ("ffn", "FFN dimensions left of 1,536"))):
+    for k, (key, up) in enumerate((("heads", "heads left"), ("ffn", "FFN dimensions left"))):
         series = [(f"{m}, λ {r['weight']:g}", c, list(enumerate(r[key])), "dots") for m, c in zip(METHODS, COLOURS)
                   if m in last for r in [last[m]]]
-        parts.append(chart(10 + 420 * k, 30, "Left in each layer of MiniLM, highest λ of each method", "layer", up, series, 410, 280))
+        parts.append(chart(10 + 420 * k, 30, "Left in each layer of MiniLM, highest λ of each method", "layer", f"{up} of {dense[key][0]:,}", series, 410, 280))
     return svg(850, 320, parts)
 
 
@@ -294,7 +294,7 @@ def matrix(rows: list[str], x: float, y: float, width: float, height: float) -> 
 def masks_picture(run: str) -> str:
     """Every weight matrix of every layer, kept and pruned, heads delimited (cf. figure 1 of the paper)."""
     layers, r = read(run, "hybrid-compact", "masks.json"), read(run, "hybrid", "results.json")
-    size, heads = 96, 12
+    size, heads = 96, read(run, "teacher", "results.json")["heads"][0]
     parts = [f'<text x="10" y="18">Masks of Hybrid 32x32 on MiniLM, {r["data"]["name"]} ({r["data"]["train_questions"]:,} '
              f'questions): kept (blue) and pruned weights, {100 * r["density"]:.0f} % kept. White lines: heads.</text>']
     for column, name in enumerate(("query", "key", "value", "out", "fc1 (transposed)", "fc2")):
