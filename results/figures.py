@@ -261,12 +261,13 @@ def curves_picture() -> str:
 
 def layers_picture() -> str:
     """Heads and FFN width left, by layer: one model of each method, the most pruned. Hybrid Filled has those of Hybrid."""
-    last, dense = {m: rows[-1] for m, rows in sweep().items() if rows and m != "Hybrid Filled"}, read("sweep", "teacher", "results.json")
+    last = {m: rows[-1] for m, rows in sweep().items() if rows and m != "Hybrid Filled"}
+    dense, title = read("sweep", "teacher", "results.json"), "Left in each layer of MiniLM, highest λ of each method"
     parts = [legend(50, 20, [(m, c) for m, c in zip(METHODS, COLOURS) if m in last])]
-    for k, (key, up) in enumerate((("heads", "heads left"), ("ffn", "FFN dimensions left"))):
+    for k, (key, up) in enumerate((("heads", "heads"), ("ffn", "FFN dimensions"))):
         series = [(f"{m}, λ {r['weight']:g}", c, list(enumerate(r[key])), "dots") for m, c in zip(METHODS, COLOURS)
                   if m in last for r in [last[m]]]
-        parts.append(chart(10 + 420 * k, 30, "Left in each layer of MiniLM, highest λ of each method", "layer", f"{up} of {dense[key][0]:,}", series, 410, 280))
+        parts.append(chart(10 + 420 * k, 30, title, "layer", f"{up} left of {dense[key][0]:,}", series, 410, 280))
     return svg(850, 320, parts)
 
 
