@@ -73,7 +73,7 @@ class Config:
     batch: int = 16                     # windows a step; paper: 16
     lr: float | None = None             # of the weights, at its peak; paper: 3e-5
     score_lr: float | None = None       # of the scores; its sum over a run bounds their fall; paper: 1e-2
-    warmup_steps: int | None = None     # None: 5 % of the run, 10 of a fill; paper: 5,400 of 110,660, 10
+    warmup_steps: int | None = None     # None: 5 % of the run, 10 in a fill; paper: 5,400 of 110,660, 10
     initial_warmup: float = 1           # τ stays 0 for so many warm-ups  [R:command_line.py]
     final_warmup: float = 10            # and stays final for so many at the end  [R:command_line.py]
     threshold: float = 0.1              # final τ: a block is pruned at σ(S) ≤ τ  [R:command_line.py]
@@ -116,7 +116,7 @@ def settle(config: Config) -> Config:
     if c.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is none here")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    units = torch.cpu.get_capabilities()    # Differs: the reference is fp32. Note: without such units it is faster
+    units = torch.cpu.get_capabilities()    # Differs: the reference is fp32. Note: fp32 beats emulated bf16
     bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if c.device == "cuda" else
             units.get("amx_bf16") or units.get("avx512_bf16"))
     c.precision = c.precision or ("bf16" if bf16 else "fp32")
@@ -165,7 +165,8 @@ def question_scores(predictions: dict[str, str], truths: dict[str, list[str]]) -
     """Exact match and F1, from 0 to 1, by question id: the best over the question's answers.
 
     predictions: text by question id. truths: its answers; where one has none, the rules of evaluate-v2.0.py hold,
-    else those of evaluate-v1.1.py. They differ for a question without a prediction: v1.1 counts 0, v2.0 leaves it out.
+    else those of evaluate-v1.1.py. They differ in token_f1(), and for a question without a prediction: v1.1 counts 0,
+    v2.0 leaves it out.
     """
     v2, scores = not all(truths.values()), {}
     for i, answers in truths.items():
@@ -469,11 +470,13 @@ def refill(model: BertForQuestionAnswering) -> None:
     """Paper: Hybrid Filled. Exact zeros get small noise, since a point of zeros has poor gradients.
 
     N(0, 1) · 0.01 · std(W) + mean(W) over the whole tensor; biases are left [R:sparse_xp.py unzero_parameters].
+    # Differs: where W is all zeros, std(W) is that of a fresh weight. Q and K both at 0 would never learn.
     """
     with torch.no_grad():
         for name, p in model.named_parameters():
             if not name.endswith("bias") and p.numel() > 1:
-                p.copy_(torch.where(p == 0, torch.randn_like(p) * 0.01 * p.std() + p.mean(), p))
+                std = p.std() if p.any() else model.config.initializer_range
+                p.copy_(torch.where(p == 0, torch.randn_like(p) * 0.01 * std + p.mean(), p))
 
 
 # ------------------------------------------------------------------------------- teacher and loss

@@ -510,8 +510,10 @@ def test_loss_is_a_loop_over_real_tokens():
 def test_refill_replaces_zeros_and_nothing_else():
     model = tiny(hidden_size=60, intermediate_size=200)
     w, ffn = model.bert.layers[1].attention.query.weight, model.bert.layers[0].ffn
+    empty = model.bert.layers[1].attention.key.weight
     with torch.no_grad():
         w += 2
+        empty.zero_()
         w[:40] = ffn.fc1.weight[3] = model.bert.norm.weight[5] = ffn.fc1.bias[7] = model.qa_outputs.bias[1] = 0
     before = {name: p.clone() for name, p in model.named_parameters()}
     ts.refill(model)
@@ -522,6 +524,7 @@ def test_refill_replaces_zeros_and_nothing_else():
     old = before["bert.layers.1.attention.query.weight"]    # 2,400 zeros and 1,200 numbers about 2
     noise = (w[:40] - old.mean()) / (0.01 * old.std())
     assert abs(noise.mean()) < 0.1 and 0.95 < noise.std() < 1.05
+    assert empty.std().item() == pytest.approx(0.01 * 0.02, rel=0.05)       # of BERT's initializer_range
 
 
 def test_rate_and_threshold_by_step():
