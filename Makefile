@@ -37,14 +37,14 @@ squad: install  ## dense teacher, fine-pruning, compaction, refilling, and their
 	    echo '*** SQuAD cannot be fetched: the built-in made-up corpus is used. It is NOT SQuAD. DATA=folder uses files you have.'; fi; fi; \
 	N="$$QUESTIONS"; GPU=$$($(PY) -c 'import torch; print(torch.cuda.is_available())'); \
 	if [ "$$D" = data/builtin ]; then T='4 minutes with bf16, 9 without'; $(PY) -c 'import train_squad; train_squad.write_builtin("data/builtin")'; \
-	elif [ "$(PRESET)" = paper ]; then T='weeks (a GPU: hours)'; elif [ $$GPU = True ]; then T='longer than the GPU'; else T='an hour with bf16, two without'; N=$${N:-4000}; fi; \
+	elif [ "$(PRESET)" = paper ]; then T='weeks (a GPU: hours)'; elif [ $$GPU = True ]; then T='a day or two'; else T='an hour with bf16, two without'; N=$${N:-4000}; fi; \
 	R="$$RUNS/$$(basename "$$D")-$$(basename "$$MODEL")-$${N:-all}"; \
 	echo "$$D, $${N:-all} questions, $$W; a GPU: $$GPU; two cores take about $$T; runs in $$R"; \
 	D="$$D" W="$$W" N="$$N" R="$$R" $(MAKE) --no-print-directory pipeline
 
 FLAGS = $(if $(N),--questions $(N)) $(if $(PRESET),--preset $(PRESET))
-# Differs: at small scale pruning starts from the teacher; in the paper, and PRESET=paper, from the pretrained model.
 FILLED = $(if $(filter hybrid,$(METHOD)),filled,$(METHOD)-filled)
+# Differs: at small scale pruning starts from the teacher; in the paper, and PRESET=paper, from the pretrained model.
 FROM = $(if $(filter paper,$(PRESET)),$$W,$$R/teacher)
 
 pipeline:
@@ -56,7 +56,7 @@ pipeline:
 	$(PY) compact.py --compare "$$R/teacher" "$$R/$(METHOD)-compact" "$$R/$(FILLED)" --data "$$D"
 
 test: install  ## all tests, in two processes; no network after the install
-	@echo 'two halves of the tests at once, a minute or two on two cores'; $(MAKE) -s -j2 -O test-pipeline test-rest
+	@echo 'two halves of the tests at once, about a minute on two cores'; $(MAKE) -s -j2 -O test-pipeline test-rest
 
 test-pipeline:
 	$(PY) -m pytest -q tests/test_pipeline.py

@@ -139,7 +139,7 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
 def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, kind: str = "dense") -> nn.Parameter:
     """One score for each inner dimension of fc2(act(fc1(x))): a row of fc1 with a column of fc2.
 
-    Paper: the feed-forward layers of Hybrid ([R:model_structure.py] 1d_alt). Weights are (out, in),
+    Paper: the feed-forward layers of Hybrid ([R:modules/masked_nn.py] 1d_alt). Weights are (out, in),
     or (out, in, kh, kw). Returns the scores, (F,) for F inner dimensions. Raises ValueError where
     the outputs of fc1 are not the inputs of fc2.
     """
@@ -168,7 +168,7 @@ def threshold_schedule(step: int, total: int, start: float, end: float,
     `end` are multiples of the learning rate's warm-up. The rise is fast at first: 58, 88 and 98 %
     of it are done after a quarter, half and three quarters of its steps. λ follows τ,
     λ(t) = λ · τ(t) / τ_final: nothing is pushed down while nothing can be pruned.
-    # Differs: a schedule without a rise is a ValueError; the reference jumps, or never prunes.
+    # Differs: a schedule without a rise is a ValueError; the reference jumps, or trains dense and scores pruned.
     """
     if start + end >= total:
         raise ValueError(f"no step is left for τ to rise: of {total}, the first {start} and the last {end} "
@@ -206,8 +206,9 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
                      weight_decay: float = 0.0) -> list[dict]:
     """Optimiser groups: matrices, vectors (biases, norms) and scores, without those that are empty.
 
-    Paper: one schedule and one gradient clip act on all three ([R:sparse_trainer.py]). Decay would
-    pull scores to 0, that is toward being kept: 0 is written out, for AdamW's default is 0.01.
+    Paper: one schedule and one gradient clip act on all three ([R:patch_coordinator.py
+    create_optimizer_groups; sparse_trainer.py]). Decay would pull scores to 0, that is toward being
+    kept: 0 is written out, for AdamW's default is 0.01.
     """
     scores = {id(mask.scores): mask.scores for mask in masks(model) if mask.scores.requires_grad}
     others = [p for p in model.parameters() if id(p) not in scores and p.requires_grad]
@@ -239,19 +240,18 @@ def bake(model: nn.Module) -> nn.Module:
     The same function, in plain modules that torch.save and torch.export take. Returns the model.
     Raises ValueError, with nothing changed, if a masked module has other parametrizations too.
     """
-    found = [(module, dict(module.parametrizations.items())) for module in model.modules()
-             if parametrize.is_parametrized(module)]
-    kinds = [{isinstance(p, (BlockMask, BiasMask)) for ps in lists.values() for p in ps} for _, lists in found]
-    if {True, False} in kinds:
+    ours = {module: [isinstance(p, (BlockMask, BiasMask)) for ps in module.parametrizations.values() for p in ps]
+            for module in model.modules() if parametrize.is_parametrized(module)}
+    masked = [module for module, which in ours.items() if any(which)]
+    if not all(all(ours[module]) for module in masked):
         raise ValueError("remove the other parametrizations of the masked modules first")
-    for (module, lists), kind in zip(found, kinds):
-        if kind == {True}:
-            values = {name: nn.Parameter(getattr(module, name).detach().clone(), ps.original.requires_grad)
-                      for name, ps in lists.items()}
-            # Note: torch's remove_parametrizations() deletes the property from the class it made, and
-            # deepcopy shares that class between copies of a model. Going back to the base does not.
-            del module.parametrizations
-            module.__class__ = type(module).__bases__[0]
-            for name, value in values.items():
-                module.register_parameter(name, value)
+    for module in masked:
+        values = {name: nn.Parameter(getattr(module, name).detach().clone(), ps.original.requires_grad)
+                  for name, ps in module.parametrizations.items()}
+        # Note: torch's remove_parametrizations() deletes the property from the class it made, and
+        # deepcopy shares that class between copies of a model. Going back to the base does not.
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, value in values.items():
+            module.register_parameter(name, value)
     return model

@@ -4,8 +4,8 @@
     python compact.py --compare R/teacher R/hybrid-compact R/filled --data D        the table, with speed
 
 compact() needs bert.py and blockprune.py: heads and FFN dimensions go, the residual width E stays. After Lagunas
-et al. 2021 (the authors call it compile and optimize_model, huggingface/nn_pruning at 0cef2b2,
-nn_pruning/inference_model_patcher.py), but exact where they are not.
+et al. 2021 (the authors' compile_model and optimize_model, huggingface/nn_pruning at 0cef2b2,
+nn_pruning/patch_coordinator.py and inference_model_patcher.py), but exact where they are not.
 
     E hidden size   H heads   D head size   F FFN width   (out, in) weights
 Comments: `# Differs:` marks a deviation from the authors, `# Note:` a remark of ours.
@@ -287,13 +287,13 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None, command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
     import train_squad as ts
-    settings, began = read_json(folder / "run.json", "settings")["settings"], time.monotonic()
+    trained, began = read_json(folder / "run.json", "settings"), time.monotonic()
     weights, source = weights_sha256(folder), [str(folder), data, v2, dev_questions]
     found = read_json(out / "run.json") if (out / "run.json").is_file() else {}
     if out.is_file() or out.exists() and any(out.iterdir()) and found.get("compacted") != source:
         raise ValueError(f"{out} is there, and is not {folder} compacted and scored so: use another --out")
     try:
-        config = ts.Config(**settings)
+        config = ts.Config(**trained["settings"])
     except TypeError as error:
         raise ValueError(f"{folder}/run.json: settings of another version: {error}") from None
     config.data, config.v2, config.device = data or config.data, v2 or config.v2, None
@@ -311,8 +311,7 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
     out.mkdir(parents=True, exist_ok=True)
     for stale in ("results.json", "masks.json"):
         (out / stale).unlink(missing_ok=True)
-    write_json(out / "run.json", {**read_json(folder / "run.json"), "command": command, "compacted": source,
-                                  "compacted_weights": weights})
+    write_json(out / "run.json", {**trained, "command": command, "compacted": source, "compacted_weights": weights})
     save_model(small, out, folder / "vocab.txt")
     if hasattr(masked.bert.layers[0].ffn.fc1, "parametrizations"):
         write_json(out / "masks.json", mask_rows(masked))

@@ -27,7 +27,7 @@ import train_squad as ts                                                        
 from bert import BertConfig, BertForQuestionAnswering, load_model, load_tokenizer   # noqa: E402
 from compact import benchmark, flops                                                # noqa: E402
 
-HEADLINE = dict(heads=[4, 4, 6, 7, 7, 5, 6, 7, 5, 5, 5, 3],     # of the paper's model; DESIGN: 26.2 % of the weights
+HEADLINE = dict(heads=[4, 4, 6, 7, 7, 5, 6, 7, 5, 5, 5, 3],     # of the paper's model: 26.2 % of its weights
                 ffn=[552, 717, 795, 789, 833, 792, 620, 466, 283, 112, 96, 238])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TURNS = 5
