@@ -167,7 +167,7 @@ def forward(goal: str, what: str, dense: BertConfig, small: BertConfig, batch: i
             wanted: float, of_flops: bool = False) -> dict:
     """Random weights: speed does not depend on them."""
     torch.manual_seed(0)
-    a, b = benchmark([BertForQuestionAnswering(c) for c in (dense, small)], batch, length, 7, precision, DEVICE)
+    a, b = benchmark([BertForQuestionAnswering(c) for c in (dense, small)], batch, length, 15, precision, DEVICE)
     bound, ratio = flops(dense, length) / flops(small, length), statistics.median(a) / statistics.median(b)
     return row(goal, f"{what}, {batch} x {length}, {precision}: {ratio:.2f} x, FLOPs {bound:.2f} x", statistics.median(a),
                statistics.median(b), "ms", ratio / bound if of_flops else ratio, wanted, spread(b))
@@ -176,11 +176,11 @@ def forward(goal: str, what: str, dense: BertConfig, small: BertConfig, batch: i
 def forwards(best: str) -> list[dict]:
     """Rows 5 and 6. best: bf16, where the machine multiplies in it."""
     headline = "headline architecture against BERT-base"
-    left = json.loads((ROOT / "results/squad-4000/hybrid-compact/results.json").read_text())
+    left = json.loads((ROOT / "results/squad-10000/hybrid-compact/results.json").read_text())
     mini = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
     small = dataclasses.replace(mini, heads=left["heads"], ffn=left["ffn"])
     goals = ((8, "fp32", 3.4), (8, "bf16", 2.7)) if DEVICE == "cpu" else ((128, "fp32", 2.44), (128, "bf16", 2.44))
-    return [forward("5", "compact MiniLM of results/squad-4000 against dense, as a share of the FLOP ratio", mini, small, 32,
+    return [forward("5", "compact MiniLM of results/squad-10000 against dense, as a share of the FLOP ratio", mini, small, 32,
                     128, "fp32", 0.85, of_flops=True),
             *(forward("6", headline, BertConfig(), BertConfig(**HEADLINE), batch, 384, precision, wanted)
               if precision in ("fp32", best) else not_here("6", f"{headline}, {batch} x 384, bf16", wanted)
