@@ -93,8 +93,12 @@ class SelfAttention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (project(x).view(B, T, self.heads, -1).transpose(1, 2)    # (B, H, T, D)
                    for project in (self.query, self.key, self.value))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(x.transpose(1, 2).reshape(B, T, -1))                # (B, T, E)
+        # Note: a CPU's kernel gains nothing from bf16, and its gradient takes twice as long in it.
+        dtype = torch.float32 if q.is_cpu and q.dtype == torch.bfloat16 else q.dtype
+        with torch.autocast("cpu", enabled=False):
+            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask,
+                                               dropout_p=self.dropout if self.training else 0.0)
+        return self.out(x.to(q.dtype).transpose(1, 2).reshape(B, T, -1))    # (B, T, E)
 
 
 class FeedForward(nn.Module):
