@@ -5,6 +5,7 @@ SQuAD's form, the built-in ones among them; masks, loss, filling and schedules; 
 Sizes are small and all different. The vocabulary is made here, so neither weights nor a network are needed.
 What asks for the real SQuAD runs where the environment names its folder, as in SQUAD=data/squad.
 """
+import collections
 import dataclasses
 import inspect
 import itertools
@@ -438,6 +439,8 @@ def test_the_built_in_corpus_needs_both_the_name_and_the_relation(tmp_path):
     assert ts.builtin_corpus(9, 4) == ts.builtin_corpus(9, 4) != ts.builtin_corpus(9, 5)
     assert len(train.truths() | dev.truths()) == len(train.questions) + len(dev.questions) > 2000   # ids are unique
     assert not set(train.passages) & set(dev.passages)
+    places = collections.Counter(train.passages[p][:start].count(".") for _, _, p, [(_, start)] in train.questions)
+    assert set(places) == {0, 1, 2, 3} and all(450 < n < 600 for n in places.values())   # where it stands tells nothing
     for passages, (_, question, p, [(answer, start)]) in ((s.passages, q) for s in (train, dev) for q in s.questions):
         matches = [(re.fullmatch(r"(\w+ \w+) " + fact.replace("{}", r"(\w+)"), sentence), fact)
                    for sentence in passages[p].removesuffix(".").split(". ") for fact in ts.FACTS]
@@ -446,7 +449,7 @@ def test_the_built_in_corpus_needs_both_the_name_and_the_relation(tmp_path):
         [(name, fact)] = [key for key in said if ts.FACTS[key[1]][0].format(key[0]) == question]
         assert said[name, fact] == answer == passages[p][start:].split(".")[0]
         assert any(n == name and f != fact for n, f in said) and any(n != name and f == fact for n, f in said)
-        assert len(re.findall(r"\w+|\.", passages[p])) <= 48
+        assert len(re.findall(r"\w+|\.", passages[p])) <= 32
 
 
 # -------------------------------------------------------------------- masks, loss, filling, schedules
