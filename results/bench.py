@@ -167,7 +167,7 @@ def forward(goal: str, what: str, dense: BertConfig, small: BertConfig, batch: i
             wanted: float, of_flops: bool = False) -> dict:
     """Random weights: speed does not depend on them."""
     torch.manual_seed(0)
-    a, b = benchmark([BertForQuestionAnswering(c) for c in (dense, small)], batch, length, 15, precision, DEVICE)
+    a, b = benchmark([BertForQuestionAnswering(c) for c in (dense, small)], batch, length, 31, precision, DEVICE)
     bound, ratio = flops(dense, length) / flops(small, length), statistics.median(a) / statistics.median(b)
     return row(goal, f"{what}, {batch} x {length}, {precision}: {ratio:.2f} x, FLOPs {bound:.2f} x", statistics.median(a),
                statistics.median(b), "ms", ratio / bound if of_flops else ratio, wanted, spread(b))
