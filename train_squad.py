@@ -257,24 +257,25 @@ FACTS = {   # a fact → the question for it, its values
 }
 
 
-def builtin_corpus(passages: int, seed: int) -> dict:
+def builtin_corpus(passages: int, seed: int, relations: int = 2) -> dict:
     """Made-up townspeople in SQuAD's form: a question needs both the name and the relation to be answered.
 
+    relations: kinds of fact told of both people of a passage, 1 to 4; the more, the longer a model takes.
     Not SQuAD, and far easier: it is there so that the whole pipeline runs with no data at hand.
     """
     rng, paragraphs = random.Random(seed), []
     for p in range(passages):
         people = [" ".join(pair) for pair in zip(*(rng.sample(names.split(), 2) for names in NAMES))]
-        said = [(fact, rng.sample(FACTS[fact][1].split(), 2)) for fact in rng.sample(list(FACTS), 2)]
+        said = [(fact, rng.sample(FACTS[fact][1].split(), 2)) for fact in rng.sample(list(FACTS), relations)]
         context, qas = "", []
         for i, person in enumerate(people):
-            for fact, values in rng.sample(said, 2):
+            for fact, values in rng.sample(said, relations):
                 start = len(f"{context}{person} ") + fact.index("{")
                 qas.append({"id": f"builtin-{seed}-{p}-{len(qas)}", "question": FACTS[fact][0].format(person),
                             "answers": [{"text": values[i], "answer_start": start}]})
                 context += f"{person} {fact.format(values[i])}. "
-        # Note: which two are asked is drawn as well, so that the place of a statement tells nothing.
-        paragraphs.append({"context": context.strip(), "qas": rng.sample(qas, 2)})
+        # Note: which half is asked is drawn as well, so that the place of a statement tells nothing.
+        paragraphs.append({"context": context.strip(), "qas": rng.sample(qas, relations)})
     return {"version": "builtin", "data": [{"title": "Townspeople", "paragraphs": paragraphs}]}
 
 

@@ -72,7 +72,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     (home / "data").mkdir()
     for part, passages, seed in (("train", 100, 1), ("dev", 40, 2)):
-        write_json(home / f"data/{part}-v1.1.json", ts.builtin_corpus(passages, seed))
+        write_json(home / f"data/{part}-v1.1.json", ts.builtin_corpus(passages, seed, relations=3))
     text = "".join(path.read_text() for path in home.glob("data/*")).lower()
     words = "[PAD] [UNK] [CLS] [SEP] [MASK]".split() + sorted(set(re.findall(r"[a-z]+|[^\w\s]", text)))
     write_bert(home / "bert", words)
@@ -166,7 +166,7 @@ def test_model_safetensors_is_the_pruned_function(chain):
 
 def test_pruning_removes_weights_compaction_keeps_the_function_and_the_fill_leaves_no_zero(chain):
     teacher, masked, small, filled = (read(chain / name / "results.json") for name in CHAIN)
-    assert teacher["f1"] > 20       # it has learnt something: a guess among the words of a passage gives 3
+    assert teacher["f1"] > 12       # it has learnt something: a guess among the words of a passage gives 3
     assert (teacher["heads"], teacher["ffn"], teacher["density"]) == ([3, 3], [F, F], 1)
     assert masked["density"] == pytest.approx(log(chain / "hybrid")[-1]["density"]["all"]) and masked["density"] < 0.6
     config = read(chain / "small/config.json")
@@ -175,7 +175,8 @@ def test_pruning_removes_weights_compaction_keeps_the_function_and_the_fill_leav
     assert small["f1_masked"] == masked["f1"] and abs(small["f1"] - masked["f1"]) <= 100 / DEV   # a tie may turn
     assert 0 <= small["max_abs_logit_difference"] < 1e-4
     before, after, last = (r["parameters"] for r in (masked, small, filled))
-    assert before["linear_nonzero"] == after["linear_nonzero"] < after["linear"] < before["linear"]
+    # A head that goes for its empty V may take blocks of Q and K with it.
+    assert before["linear_nonzero"] >= after["linear_nonzero"] < after["linear"] < before["linear"]
     assert last["linear_nonzero"] == last["linear"] == after["linear"]
 
 
@@ -256,7 +257,7 @@ def test_two_processes_follow_the_curve_of_one(chain, tmp_path, monkeypatch):
     """Half of each batch each, from the checkpoint of one process on. The last batch of an epoch is a single window."""
     shutil.copytree(chain / "teacher", tmp_path / "bert")
     write_json(tmp_path / "bert/config.json", read(tmp_path / "bert/config.json") | {"hidden_dropout_prob": 0.0})
-    flags, more = [*PRUNE, "--questions", "43", "--epochs", "5", "--lr", "1e-3"], dict(init=tmp_path / "bert", teacher="teacher")
+    flags, more = [*PRUNE, "--questions", "44", "--epochs", "5", "--lr", "1e-3"], dict(init=tmp_path / "bert", teacher="teacher")
     assert train(chain, tmp_path / "one", *flags, **more) == 0
     with monkeypatch.context() as patch:
         break_at(patch, 1, signal.SIGINT)
