@@ -36,7 +36,7 @@ squad: install  ## dense teacher, fine-pruning, compaction, refilling, and their
 	  if $(MAKE) -s data/squad; then D=data/squad; else D=data/builtin; \
 	    echo '*** SQuAD cannot be fetched: the built-in made-up corpus is used. It is NOT SQuAD. DATA=folder uses files you have.'; fi; fi; \
 	N="$$QUESTIONS"; GPU=$$($(PY) -c 'import torch; print(torch.cuda.is_available())'); \
-	if [ "$$D" = data/builtin ]; then T='4 minutes with bf16, 9 without'; $(PY) -c 'import train_squad; train_squad.write_builtin("data/builtin")'; \
+	if [ "$$D" = data/builtin ]; then T='5 minutes with bf16, 9 without'; $(PY) -c 'import train_squad; train_squad.write_builtin("data/builtin")'; \
 	elif [ "$(PRESET)" = paper ]; then T='weeks (a GPU: hours)'; elif [ $$GPU = True ]; then T='a day or two'; else T='an hour with bf16, two without'; N=$${N:-4000}; fi; \
 	R="$$RUNS/$$(basename "$$D")-$$(basename "$$MODEL")-$${N:-all}"; \
 	echo "$$D, $${N:-all} questions, $$W; a GPU: $$GPU; two cores take about $$T; runs in $$R"; \
