@@ -260,7 +260,7 @@ FACTS = {   # a fact → the question for it, its values
 def builtin_corpus(passages: int, seed: int, relations: int = 2) -> dict:
     """Made-up townspeople in SQuAD's form: a question needs both the name and the relation to be answered.
 
-    relations: kinds of fact told of both people of a passage, 1 to 4; the more, the longer a model takes.
+    relations: kinds of fact told of both people of a passage, 2 to 4; the more, the longer it takes to learn.
     Not SQuAD, and far easier: it is there so that the whole pipeline runs with no data at hand.
     """
     rng, paragraphs = random.Random(seed), []
