@@ -553,6 +553,11 @@ def threshold_at(step: int, config: Config, total: int, warmup: int) -> float:
                                          config.threshold)
 
 
+def lambda_at(step: int, config: Config, total: int, warmup: int) -> float:
+    """λ of a step: λ · τ / τ_final. Paper: it follows τ, so nothing is pushed down while nothing can be pruned."""
+    return config.final_lambda * threshold_at(step, config, total, warmup) / config.threshold
+
+
 def plan(config: Config, windows: int) -> tuple[int, int]:
     """The steps of a run and of its warm-up; ValueError for a fine-pruning in which nothing could be pruned."""
     total = max(2, round(config.epochs * math.ceil(windows / config.batch)))
@@ -623,7 +628,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             loss = config.alpha_ce * ce + config.alpha_kd * kd if teacher else ce  # Paper: alone, ce counts whole
             if pruning:
                 penalty = blockprune.penalty(model, dict(attention=config.attention_lambda, dense=config.dense_lambda))
-                lam = config.final_lambda * tau / config.threshold      # Paper: λ follows τ
+                lam = lambda_at(step, config, total, warmup)
                 loss = loss + lam * penalty
             optimizer.zero_grad()
             loss.backward()
