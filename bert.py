@@ -9,6 +9,7 @@ in tests/test_bert.py. Left out: pooler, pre-training heads, relative positions,
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -324,6 +325,13 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
         print(f"{path}: {len(wanted) - len(fresh)} tensors loaded; fresh: {', '.join(fresh) or 'none'}; "
               f"ignored: {', '.join(ignored) or 'none'}")
     return model
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """Of the weights in a model folder."""
+    path = Path(folder, "model.safetensors")
+    with open(path if path.exists() else path.with_name("pytorch_model.bin"), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, *needs: str) -> dict:

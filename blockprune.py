@@ -3,23 +3,36 @@
 The whole method of
     Lagunas, Charlaix, Sanh, Rush: Block Pruning For Faster Transformers, EMNLP 2021,
     built on Sanh, Wolf, Rush: Movement Pruning, NeurIPS 2020,
-in one file that imports torch alone and knows nothing of BERT: copy it into your own project.
+in one file. It imports torch alone and knows nothing of BERT: copy it into your own project.
 Reference code: huggingface/nn_pruning at 0cef2b2, cited below as [R:file].
 
-One idea carries everything: a *block* is any r × c tile of a weight matrix. 1 × 1 is movement
-pruning, 32 × 32 block pruning, (head size, in) an attention head, (1, in) a row, (out, 1) a
-column. Each block has one learned number, its score; matrices may share scores.
+A *block* is any r × c tile of a weight matrix: 1 × 1 is movement pruning, 32 × 32 block pruning,
+(head size, in) an attention head, (1, in) a row, (out, 1) a column. Each block has one learned
+number, its score. Training with masks takes these lines more than training without:
 
-    S  scores, one a block                    σ  the sigmoid
-    W  a weight, R × C = (out, in)            τ  the threshold that σ(S) is compared with
-    r × c  the block                          λ  how hard the penalty pushes scores down
-    M(S)  the mask, on the R/r × C/c grid of blocks (`block_mask`) or on the weight (`weight_mask`)
+    for linear in (attention.query, attention.key, attention.value, attention.out):
+        mask_weight(linear, (32, 32), kind="attention")         # blocks
+    mask_dimensions(ffn.fc1, ffn.fc2)                           # inner dimensions
+    optimizer = AdamW(parameter_groups(model, lr=3e-5, score_lr=1e-2))
+    for step, batch in enumerate(batches):
+        threshold = threshold_schedule(step, total, flat_start=warmup, flat_end=10 * warmup)
+        set_threshold(model, threshold)
+        loss = task_loss(model, batch) + final_lambda * threshold / 0.1 * penalty(model)
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+    bake(model)                                                 # plain modules, W ⊙ M(S)
+    cut_dimensions(ffn.fc1, ffn.fc2, act)                       # what is empty is removed
 
-Left out, since the paper's final models do not use them: top-k, L0, magnitude. In comments, `# Paper:` is
-the authors' method, `# Note:` our remark, `# Differs:` a deviation.
+Letters:
+    W    a weight matrix, R × C = (out, in)      τ    the threshold that σ(S) is compared with
+    S    scores, one a block                     λ    how hard the penalty pushes scores down
+    r×c  the block                               σ    the sigmoid
+    M(S) the mask: on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉), or repeated to the weight's R × C
+
+Comments: `# Paper:` is the authors' method, `# Note:` our remark, `# Differs:` a deviation.
+Left out, since the paper's final models do not use them: top-k, L0 and magnitude masks.
 """
 import math
-from typing import Iterator, Mapping, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,54 +40,69 @@ from torch.nn.utils import parametrize
 
 # ---------------------------------------------------------------------------------------- the mask
 
+
 class StraightThrough(torch.autograd.Function):
-    """M(S) = 1[σ(S) > τ] forward ([R:binarizer.py]), the identity backward (Sanh et al. 2020, eq. (2)).
+    """M(S) = 1[σ(S) > τ] forward, the identity backward.
 
-    The step's derivative is 0 nearly everywhere, so it is replaced by 1: what arrives at M goes on to
-    S as it is. With W′ = W ⊙ M autograd then gives, summed over the block of a score,
+    The derivative of a step is 0 nearly everywhere: nothing would be learned. So it is replaced by
+    1, and the gradient that arrives at M goes on to S unchanged. With W′ = W ⊙ M(S),
 
-        dL/dS = Σ dL/dW′ ⊙ W        dL/dW = dL/dW′ ⊙ M
+        dL/dS = Σ over the block of dL/dW′ ⊙ W        (Sanh et al. 2020, eq. (2))
+        dL/dW = dL/dW′ ⊙ M
 
-    Descent moves W along −dL/dW, so S falls while the block moves toward zero and rises while it
-    moves away: "movement". With W, not W′, the score of a pruned block learns on: it can come back.
+    Descent moves W along −dL/dW′. So S falls while its block moves toward zero and rises while it
+    moves away: "movement pruning". The gradient of S has W in it, not W′: the score of a pruned
+    block keeps learning, and the block can come back.
+    Source: [R:modules/binarizer.py].
     """
 
     @staticmethod
     def forward(ctx, scores: Tensor, threshold: Tensor) -> Tensor:
-        return (torch.sigmoid(scores) > threshold).to(scores.dtype)
+        kept = torch.sigmoid(scores) > threshold
+        return kept.to(scores.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, None  # Note: no σ′(S), and no mean over the block: each is another method
+        # Paper: neither times σ′(S) nor divided by the size of the block; each is another method.
+        return grad, None
 
 
 class BlockMask(nn.Module):
-    """The learned mask of one weight, as a parametrization: weight ↦ weight ⊙ M(S).
+    """The learned mask of one weight, as a torch parametrization: W ↦ W ⊙ M(S).
 
-    A weight of more dimensions is seen as the matrix `weight.flatten(1)`: a convolution is (out,
-    in · kh · kw). Blocks need not divide the matrix: those at its edge are smaller.
-    # Differs: the reference asserts exact division, and by default keeps a floor of 0.5 % of the blocks.
+    A weight of more than two dimensions is seen as the matrix `weight.flatten(1)`; a convolution is
+    (out, in · kh · kw). Blocks need not divide the matrix: those at its edge are smaller.
+    # Differs: the reference asserts exact division. It can also keep a floor of blocks, 0.5 % by
+    # default (for shared rows and columns counted in weights): its headline run did, we have none.
 
-    shape: (R, C) of that matrix.      block: (r, c), 1 ≤ r ≤ R and 1 ≤ c ≤ C, else ValueError.
-    scores: a parameter to share, one element for each of the ⌈R/r⌉ · ⌈C/c⌉ blocks. Fresh ones start
-        at 0, where σ = 0.5 is far above any τ in use: nothing is pruned at first.
+    shape: (R, C) of the matrix.
+    block: (r, c) with 1 ≤ r ≤ R and 1 ≤ c ≤ C.
+    scores: a parameter to share with other masks, with one element for each of the ⌈R/r⌉ · ⌈C/c⌉
+        blocks. Fresh scores are 0, where σ is 0.5 and far above any τ in use: all blocks are kept.
     kind: the group that penalty() and density() count this weight in.
+    Raises ValueError where block or scores do not fit.
     """
 
     def __init__(self, shape: Sequence[int], block: Sequence[int],
-                 scores: Optional[nn.Parameter] = None, kind: str = "dense"):
+                 scores: Optional[nn.Parameter] = None, kind: str = "ffn"):
         super().__init__()
-        (R, C), (r, c) = shape, block
+        R, C = shape
+        r, c = block
         if not (1 <= r <= R and 1 <= c <= C):
             raise ValueError(f"a block of {r}x{c} does not fit a weight of {R}x{C}")
-        self.shape, self.block, self.kind = (R, C), (r, c), kind
-        self.grid = (math.ceil(R / r), math.ceil(C / c))
+        rows = math.ceil(R / r)
+        columns = math.ceil(C / c)
+        self.shape = (R, C)
+        self.block = (r, c)
+        self.grid = (rows, columns)
+        self.kind = kind
         if scores is None:
-            scores = nn.Parameter(torch.zeros(self.grid))
-        elif scores.numel() != math.prod(self.grid):
-            raise ValueError(f"{scores.numel()} shared scores for {self.grid[0]}x{self.grid[1]} blocks")
-        self.scores = scores  # Note: load_state_dict(assign=True) and to_empty() would untie shared ones
-        self.register_buffer("threshold", torch.zeros(()))  # saved: a reloaded model still prunes
+            scores = nn.Parameter(torch.zeros(rows, columns))
+        if scores.numel() != rows * columns:
+            raise ValueError(f"{scores.numel()} shared scores for {rows}x{columns} blocks")
+        self.scores = scores
+        # τ is a buffer: it is saved with the model, so a reloaded model still prunes.
+        self.register_buffer("threshold", torch.zeros(()))
 
     def block_mask(self) -> Tensor:
         """M(S) on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉)."""
@@ -83,98 +111,146 @@ class BlockMask(nn.Module):
     def weight_mask(self) -> Tensor:
         """M(S) on the weight, R × C, or of length 1 along a dimension that one block spans.
 
-        A grid [a b] of 2 × 2 blocks on a 2 × 3 weight becomes [a a b]: broadcasting does the rows.
+        Blocks of 2 × 2 on a weight of 3 × 4 have a grid of 2 × 2, here [[p, q], [s, t]]:
+
+            p p q q
+            p p q q
+            s s t t         the fourth row is cut off, since the weight has three
         """
-        r, c = (size if blocks > 1 else 1 for size, blocks in zip(self.block, self.grid))
-        tiles = self.block_mask()[:, None, :, None].expand(-1, r, -1, c)        # (R/r, r, C/c, c)
-        return tiles.reshape(self.grid[0] * r, self.grid[1] * c)[:self.shape[0], :self.shape[1]]
+        R, C = self.shape
+        rows, columns = self.grid
+        # A single block along a dimension need not be repeated: broadcasting does it.
+        r = self.block[0] if rows > 1 else 1
+        c = self.block[1] if columns > 1 else 1
+        mask = self.block_mask()[:, None, :, None]      # (rows, 1, columns, 1)
+        mask = mask.expand(rows, r, columns, c)         # (rows, r, columns, c)
+        mask = mask.reshape(rows * r, columns * c)      # each entry fills its r × c tile
+        return mask[:R, :C]
 
     def forward(self, weight: Tensor) -> Tensor:
-        return (weight.flatten(1) * self.weight_mask().to(weight.dtype)).view_as(weight)
+        mask = self.weight_mask().to(weight.dtype)
+        masked = weight.flatten(1) * mask               # W′ = W ⊙ M(S), (R, C)
+        return masked.view_as(weight)
 
 
 class BiasMask(nn.Module):
-    """Zeroes the bias of an output with no weight left; no gradient to S ([R:masked_nn.py] bias_mask)."""
+    """The mask of a bias: an output that has no weight left loses its bias too.
+
+    output_dim: the dimension of the weight that holds the outputs.
+    Paper: the gradient of the bias does not reach the scores ([R:modules/masked_nn.py], bias_mask).
+    """
 
     def __init__(self, mask: BlockMask, output_dim: int):
         super().__init__()
-        self._mask = (mask,)  # Note: in a tuple, so that the scores are not registered twice
+        self._mask = (mask,)    # in a tuple, so that torch does not register its scores twice
         self.output_dim = output_dim
 
     def forward(self, bias: Tensor) -> Tensor:
-        mask, dim = self._mask[0], self.output_dim
-        alive = mask.block_mask().detach().amax(1 - dim).repeat_interleave(mask.block[dim])
-        return bias * alive[:mask.shape[dim]].to(bias.dtype)
+        mask = self._mask[0]
+        outputs = mask.shape[self.output_dim]
+        size = mask.block[self.output_dim]
+        # 1 where a row of blocks (a column, where weights are (in, out)) has any block left.
+        alive = mask.block_mask().detach()                  # (⌈R/r⌉, ⌈C/c⌉)
+        alive = alive.amax(dim=1 - self.output_dim)         # (⌈R/r⌉,)
+        # The same for each output: every entry stands for `size` of them, the last for what is left.
+        alive = alive.repeat_interleave(size, output_size=size * len(alive))
+        alive = alive[:outputs]                             # (R,)
+        return bias * alive.to(bias.dtype)
 
 
-# ------------------------------------------------------------------------------- putting masks on
+# --------------------------------------------------------------------------------- putting masks on
+
 
 def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weight",
                 bias: str = "bias", output_dim: int = 0, scores: Optional[nn.Parameter] = None,
-                kind: str = "dense") -> BlockMask:
+                kind: str = "ffn") -> BlockMask:
     """Put a block mask on one weight of a module, and on the bias that goes with it.
 
-    From here on `module.weight` is W ⊙ M(S), and W `module.parametrizations.weight.original`. The
-    module knows nothing of it: nn.Linear, nn.Conv2d, nn.MultiheadAttention and others will do.
+    From here on `module.weight` is W ⊙ M(S), and W itself `module.parametrizations.weight.original`.
+    The module knows nothing of it: nn.Linear, nn.Conv2d, nn.MultiheadAttention and others will do.
 
-    block: (r, c), tiles of the weight as it is stored.      scores, kind: see BlockMask.
-    weight, bias: the names of the two parameters; a bias that is absent or None is skipped.
-    output_dim: the dimension of the weight that holds the outputs: 0 in torch (out, in), 1 where
-        weights are stored (in, out), as in GPT-2.
-    Raises ValueError, with nothing changed, where block, bias or scores do not fit the weight.
+    block: (r, c), a tile of the weight as it is stored.
+    weight, bias: the names of the two parameters. A bias that is absent or None is skipped.
+    output_dim: the dimension of the weight that holds the outputs: 0 where weights are (out, in), as
+        in torch; 1 where they are (in, out), as in GPT-2.
+    scores, kind: see BlockMask.
+    Returns the mask. Raises ValueError, with nothing changed, where block, bias or scores do not fit.
     """
-    W, b = getattr(module, weight), getattr(module, bias, None)
+    W = getattr(module, weight)
+    b = getattr(module, bias, None)
     if parametrize.is_parametrized(module, weight):
         raise ValueError(f"the {weight} of {type(module).__name__} is parametrized already")
-    if W.dim() < 2 or (b is not None and len(b) != W.flatten(1).shape[output_dim]):
-        raise ValueError("a weight of two and more dimensions is expected, with its outputs in dimension "
-                         f"{output_dim}: {tuple(W.shape)}, bias {None if b is None else tuple(b.shape)}")
-    mask = BlockMask(W.flatten(1).shape, block, scores, kind).to(W.device)
+    if W.dim() < 2:
+        raise ValueError(f"a weight of two and more dimensions is expected, not {tuple(W.shape)}")
+    matrix_shape = W.flatten(1).shape       # a convolution is (out, in · kh · kw)
+    if b is not None and len(b) != matrix_shape[output_dim]:
+        raise ValueError(f"a weight of {tuple(W.shape)} with its outputs in dimension {output_dim} does "
+                         f"not go with a bias of {tuple(b.shape)}")
+    mask = BlockMask(matrix_shape, block, scores, kind).to(W.device)
+    # torch calls the mask whenever module.weight is read, in the forward pass or elsewhere.
     parametrize.register_parametrization(module, weight, mask)
     if b is not None:
         parametrize.register_parametrization(module, bias, BiasMask(mask, output_dim))
     return mask
 
 
-def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, kind: str = "dense") -> nn.Parameter:
-    """One score for each inner dimension of fc2(act(fc1(x))): a row of fc1 with a column of fc2.
+def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, kind: str = "ffn") -> nn.Parameter:
+    """One score for each inner dimension of fc2(act(fc1(x))): row j of fc1 with column j of fc2.
 
-    Paper: the feed-forward layers of Hybrid ([R:modules/masked_nn.py] 1d_alt). Weights are (out, in),
-    or (out, in, kh, kw). Returns the scores, (F,) for F inner dimensions. Raises ValueError where
-    the outputs of fc1 are not the inputs of fc2.
+    Paper: the feed-forward layers of Hybrid ([R:modules/masked_nn.py], 1d_alt).
+
+    fc1, fc2: weights of (out, in), or convolutions of (out, in, kh, kw).
+    Returns the scores, (F,) for F inner dimensions. Raises ValueError, with nothing changed, where
+    the outputs of fc1 are not the inputs of fc2, or where one of the two is masked already.
     """
-    F, C = fc1.weight.flatten(1).shape
-    R, inputs = fc2.weight.flatten(1).shape
-    if fc2.weight.shape[1] != F or parametrize.is_parametrized(fc2, "weight"):
-        raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs, or fc2 is masked already")
+    F, inputs = fc1.weight.flatten(1).shape
+    outputs, columns = fc2.weight.flatten(1).shape
+    if fc2.weight.shape[1] != F:
+        raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs")
+    if parametrize.is_parametrized(fc1, "weight") or parametrize.is_parametrized(fc2, "weight"):
+        raise ValueError("fc1 or fc2 is parametrized already")
     scores = nn.Parameter(torch.zeros(F, device=fc1.weight.device))
-    mask_weight(fc1, (1, C), scores=scores, kind=kind)
-    mask_weight(fc2, (R, inputs // F), scores=scores, kind=kind)
+    # Both masks have the same scores: a dimension is kept or pruned on both of its sides at once.
+    mask_weight(fc1, (1, inputs), scores=scores, kind=kind)                 # a block is a row
+    # A column is as wide as a kernel of fc2: 1 in a linear, kh · kw in a convolution.
+    mask_weight(fc2, (outputs, columns // F), scores=scores, kind=kind)
     return scores
 
 
-# ------------------------------------------------------------------- what a training loop asks for
+# -------------------------------------------------------------------- what a training loop asks for
+
 
 def masks(model: nn.Module) -> Iterator[BlockMask]:
     """Every BlockMask of the model, in the order of its modules."""
-    return (module for module in model.modules() if isinstance(module, BlockMask))
+    for module in model.modules():
+        if isinstance(module, BlockMask):
+            yield module
 
 
-def threshold_schedule(step: int, total: int, start: float, end: float,
+def threshold_schedule(step: int, total: int, flat_start: float, flat_end: float,
                        final: float = 0.1, initial: float = 0.0) -> float:
-    """τ(t): `initial` to step `start`, a cubic rise, `final` for the last `end` of `total` steps.
+    """τ of a step, counted from 0: `initial`, then a cubic rise, then `final`.
 
-    Paper: Sanh et al. 2020, eq. (5); [R:patch_coordinator.py schedule_threshold], where `start` and
-    `end` are multiples of the learning rate's warm-up. The rise is fast at first: 58, 88 and 98 %
-    of it are done after a quarter, half and three quarters of its steps. λ follows τ,
-    λ(t) = λ · τ(t) / τ_final: nothing is pushed down while nothing can be pruned.
-    # Differs: a schedule without a rise is a ValueError; the reference jumps, or trains dense and scores pruned.
+        τ(t) = final + (initial − final) · (1 − progress)³
+        progress = (t − flat_start) / (total − flat_start − flat_end), from 0 to 1
+
+    The rise is fast at first: 58, 88 and 98 % of it are done after a quarter, half and three
+    quarters of its steps. λ follows τ, as λ(t) = λ · τ(t) / final.
+
+    total: steps of the run. flat_start, flat_end: how many steps τ is flat at either end.
+    Source: Sanh et al. 2020, eq. (5); [R:patch_coordinator.py], schedule_threshold, where both flat
+    parts are multiples of the learning rate's warm-up.
+    Raises ValueError where no step is left for the rise.
+    # Differs: there the reference jumps, or trains a dense model and scores a pruned one.
     """
-    if start + end >= total:
-        raise ValueError(f"no step is left for τ to rise: of {total}, the first {start} and the last {end} "
-                         "are flat; train longer, or with a shorter warm-up")
-    left = 1 - (step - start) / (total - start - end)  # of the rise: 1 and more before it, 0 and less after
-    return final + (initial - final) * min(1, max(0, left)) ** 3
+    rising = total - flat_start - flat_end
+    if rising <= 1:
+        raise ValueError(f"no step is left for τ to rise: of {total}, the first {flat_start} and the "
+                         f"last {flat_end} are flat; train longer, or with a shorter warm-up")
+    progress = (step - flat_start) / rising
+    # Before the rise progress is below 0, after it over 1: τ is flat there.
+    left = min(1, max(0, 1 - progress))
+    return final + (initial - final) * left ** 3
 
 
 def set_threshold(model: nn.Module, threshold: float) -> None:
@@ -184,74 +260,244 @@ def set_threshold(model: nn.Module, threshold: float) -> None:
 
 
 def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> Tensor:
-    """The penalty R, a scalar, to be added to the loss as λ(t) · R; 0.5 at first, if all λ_kind are 1.
+    """The penalty R, a scalar, to be added to the loss as λ(t) · R.
 
-        R = 1/K Σ_kinds λ_kind · 1/N_kind Σ_tensors mean σ(S)
+        R = 1/K Σ over the K kinds of λ_kind · 1/N Σ over the kind's N score tensors of mean σ(S)
 
-    Paper: a mean over each of the N_kind distinct score tensors of a kind, then over the K kinds
-    ([R:patch_coordinator.py regularization_loss]). Its gradient is the ordinary one, and fades as S
-    falls. weights: λ_kind, 1 where not given. ValueError for an unknown kind, or without masks.
+    Three means, one in the other: large matrices weigh no more than small ones. Scores that masks
+    share are one tensor, counted once. So the push on one score is
+    λ · λ_kind · σ′(S) / (K · N · number of its tensor's scores): λ does not carry over between
+    models, and the push fades with σ′ as S falls, so that a block can come back.
+
+    weights: λ_kind by kind, 1 where not given. R is 0.5 at first if all are 1.
+    Source: [R:patch_coordinator.py], regularization_loss; σ is in [R:modules/masked_nn.py].
+    Raises ValueError for a kind that the model does not have, or for a model without masks.
     """
-    by_kind: dict[str, dict[int, Tensor]] = {}
-    for mask in masks(model):  # by identity: shared scores count once
-        by_kind.setdefault(mask.kind, {})[id(mask.scores)] = mask.scores
+    # By identity, so that scores which masks share are there once.
+    scores_by_kind: Dict[str, Dict[int, Tensor]] = {}
+    for mask in masks(model):
+        tensors = scores_by_kind.setdefault(mask.kind, {})
+        tensors[id(mask.scores)] = mask.scores
+    if not scores_by_kind:
+        raise ValueError("the model has no masks")
     weights = weights or {}
-    if not by_kind or set(weights) - set(by_kind):
-        raise ValueError(f"the model has masks of the kinds {sorted(by_kind)}, not {sorted(weights)}")
-    return sum(weights.get(kind, 1.0) * sum(S.sigmoid().mean() for S in tensors.values()) / len(tensors)
-               for kind, tensors in by_kind.items()) / len(by_kind)
+    for kind in weights:
+        if kind not in scores_by_kind:
+            raise ValueError(f"no mask is of the kind {kind!r}: there are {sorted(scores_by_kind)}")
+
+    total = 0.0
+    for kind, tensors in scores_by_kind.items():
+        # The mean over a kind's score tensors, each of which is a mean over its blocks.
+        kind_mean = sum(S.sigmoid().mean() for S in tensors.values()) / len(tensors)
+        total = total + weights.get(kind, 1.0) * kind_mean
+    return total / len(scores_by_kind)
 
 
 def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
-                     weight_decay: float = 0.0) -> list[dict]:
-    """Optimiser groups: matrices, vectors (biases, norms) and scores, without those that are empty.
+                     weight_decay: float = 0.0) -> List[dict]:
+    """Optimiser groups: matrices, vectors (biases and norms) and scores, without those that are empty.
 
-    Paper: one schedule and one gradient clip act on all three ([R:patch_coordinator.py
-    create_optimizer_groups; sparse_trainer.py]). Decay would pull scores to 0, that is toward being
-    kept: 0 is written out, for AdamW's default is 0.01.
+    Paper: scores learn at 1e-2, weights at 3e-5; one learning-rate schedule and one gradient clip
+    act on all of them ([R:patch_coordinator.py], create_optimizer_groups; [R:sparse_trainer.py]).
+    Note: scores must not decay toward 0, that is toward being kept. Their 0 is written out, because
+    AdamW's default is 0.01.
     """
-    scores = {id(mask.scores): mask.scores for mask in masks(model) if mask.scores.requires_grad}
-    others = [p for p in model.parameters() if id(p) not in scores and p.requires_grad]
-    groups = [{"params": [p for p in others if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
-              {"params": [p for p in others if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
-              {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0}]
+    # By identity, so that scores which masks share are there once. What is frozen stays frozen.
+    scores = {}
+    for mask in masks(model):
+        if mask.scores.requires_grad:
+            scores[id(mask.scores)] = mask.scores
+    # All other parameters, by their number of dimensions.
+    matrices = []
+    vectors = []
+    for parameter in model.parameters():
+        if id(parameter) in scores or not parameter.requires_grad:
+            continue
+        if parameter.dim() > 1:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    groups = [
+        {"params": matrices, "lr": lr, "weight_decay": weight_decay},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 @torch.no_grad()
-def density(model: nn.Module) -> dict[str, float]:
-    """The fraction of weights kept, of the masked weights only, by kind and for "all" of them.
+def density(model: nn.Module) -> Dict[str, float]:
+    """The fraction of the masked weights that their masks keep, by kind, and for "all" of them.
 
-    Biases do not count. Weights that a mask keeps count even where they are zero by themselves.
+    Biases do not count. A weight that a mask keeps counts even where it is zero by itself.
     """
-    counts: dict[str, tuple[float, int]] = {}
+    kept: Dict[str, float] = {}
+    size: Dict[str, int] = {}
     for mask in masks(model):
-        kept = mask.weight_mask().expand(mask.shape).sum().item()
+        kept_here = mask.weight_mask().expand(mask.shape).sum().item()
         for kind in (mask.kind, "all"):
-            total = counts.get(kind, (0, 0))
-            counts[kind] = total[0] + kept, total[1] + math.prod(mask.shape)
-    return {kind: kept / size for kind, (kept, size) in counts.items()}
+            kept[kind] = kept.get(kind, 0) + kept_here
+            size[kind] = size.get(kind, 0) + math.prod(mask.shape)
+    return {kind: kept[kind] / size[kind] for kind in kept}
+
+
+# ------------------------------------------------------------------------- from masks to zeros: bake
 
 
 @torch.no_grad()
 def bake(model: nn.Module) -> nn.Module:
     """Fold every mask into its weight, in place: W becomes W ⊙ M(S), scores and masks are gone.
 
-    The same function, in plain modules that torch.save and torch.export take. Returns the model.
-    Raises ValueError, with nothing changed, if a masked module has other parametrizations too.
+    The model computes the same function, in plain modules that torch.save and torch.export take.
+    Returns the model. Raises ValueError, with nothing changed, where a masked module has other
+    parametrizations too.
     """
-    ours = {module: [isinstance(p, (BlockMask, BiasMask)) for ps in module.parametrizations.values() for p in ps]
-            for module in model.modules() if parametrize.is_parametrized(module)}
-    masked = [module for module, which in ours.items() if any(which)]
-    if not all(all(ours[module]) for module in masked):
-        raise ValueError("remove the other parametrizations of the masked modules first")
-    for module in masked:
-        values = {name: nn.Parameter(getattr(module, name).detach().clone(), ps.original.requires_grad)
-                  for name, ps in module.parametrizations.items()}
-        # Note: torch's remove_parametrizations() deletes the property from the class it made, and
-        # deepcopy shares that class between copies of a model. Going back to the base does not.
+    # All is checked before anything is changed.
+    masked_modules = []
+    for module in model.modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        ours = []
+        for chain in module.parametrizations.values():
+            for parametrization in chain:
+                ours.append(isinstance(parametrization, (BlockMask, BiasMask)))
+        if any(ours) and not all(ours):
+            raise ValueError("remove the other parametrizations of the masked modules first")
+        if all(ours):
+            masked_modules.append(module)
+
+    for module in masked_modules:
+        # 1. Read the values as the module sees them: W ⊙ M(S), and the masked bias.
+        values = {}
+        for name, chain in module.parametrizations.items():
+            value = getattr(module, name).detach().clone()
+            values[name] = nn.Parameter(value, requires_grad=chain.original.requires_grad)
+        # 2. Go back to the plain class. Note: torch's remove_parametrizations() would delete a
+        #    property of the class it made, and deepcopy shares that class between copies of a model.
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
+        # 3. Put the values in, as ordinary parameters.
         for name, value in values.items():
             module.register_parameter(name, value)
     return model
+
+
+# --------------------------------------------------------------------- from zeros to smaller matrices
+
+
+@torch.no_grad()
+def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear,
+              head_size: int) -> int:
+    """Remove, in place, the attention heads that add nothing or a constant. Returns how many are left.
+
+    query, key, value: (H · D, in), baked; a head is D = head_size rows of each, in order.
+    out: (E, H · D); the same head is D of its columns. Biases may be None.
+
+        columns of `out` all 0     the head adds nothing
+        rows of `value` all 0      its values are the bias bᵥ at every token, and so is their mean,
+                                   whatever the attention: the head adds out · bᵥ, a constant
+
+    The constant goes into the bias of `out`, in fp64.
+    # Differs: the reference removes a head as soon as query, key or value is empty. With an empty
+    # query or key attention is uniform, but the head still adds the mean of V: here it stays.
+    Raises ValueError where the linears are not plain, or do not fit each other.
+    """
+    _check_heads(query, key, value, out, head_size)
+    H = value.out_features // head_size
+    V = value.weight.double()                                   # (H · D, in)
+    O = out.weight.double()                                     # (E, H · D)
+    # A head is needed where both its rows of V and its columns of O have something in them.
+    rows_of_head = V.view(H, head_size * V.shape[1])            # (H, D · in)
+    columns_of_head = O.view(len(O), H, head_size)              # (E, H, D)
+    kept = (rows_of_head != 0).any(dim=1) & (columns_of_head != 0).any(dim=2).any(dim=0)
+    kept_rows = kept.repeat_interleave(head_size)               # (H · D,)
+    # What the others still add is O bᵥ, the same at every token.
+    if value.bias is not None:
+        constant = O[:, ~kept_rows] @ value.bias.double()[~kept_rows]
+        _add_to_bias(out, constant)                             # (E,)
+    for linear in (query, key, value):
+        _keep_outputs(linear, kept_rows)
+    _keep_inputs(out, kept_rows)
+    return int(kept.sum())
+
+
+@torch.no_grad()
+def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tensor]) -> int:
+    """Remove, in place, the inner dimensions of fc2(act(fc1(x))) that add nothing or a constant.
+
+    fc1, fc2: (F, in) and (out, F), baked, with or without biases. act: works on single numbers.
+    Returns how many dimensions are left.
+
+        column j of fc2 all 0      the dimension adds nothing
+        row j of fc1 all 0         its activation is act(b₁[j]): it adds act(b₁[j]) · fc2[:, j]
+
+    The constant goes into the bias of fc2, in fp64; where fc2 had none, it gets one.
+    Raises ValueError where the linears are not plain, or fc2 does not take what fc1 gives.
+    """
+    _check_dimensions(fc1, fc2)
+    W1 = fc1.weight.double()                                    # (F, in)
+    W2 = fc2.weight.double()                                    # (out, F)
+    # A dimension is needed where both its row of W1 and its column of W2 have something in them.
+    kept = (W1 != 0).any(dim=1) & (W2 != 0).any(dim=0)          # (F,)
+    # What the others still add is W2 act(b₁). Without a bias that is W2 act(0), and act(0) may not be 0.
+    b1 = W1.new_zeros(len(W1))
+    if fc1.bias is not None:
+        b1 = fc1.bias.double()
+    constant = W2[:, ~kept] @ act(b1[~kept])                    # (out,)
+    _add_to_bias(fc2, constant)
+    _keep_outputs(fc1, kept)
+    _keep_inputs(fc2, kept)
+    return int(kept.sum())
+
+
+def _add_to_bias(linear: nn.Linear, constant: Tensor) -> None:
+    """Add a constant output, fp64, to the bias; make one where there is none."""
+    if not constant.any():
+        return
+    dtype = linear.weight.dtype
+    if linear.bias is not None:
+        constant = linear.bias.double() + constant
+    linear.bias = nn.Parameter(constant.to(dtype), linear.weight.requires_grad)
+
+
+def _keep_outputs(linear: nn.Linear, kept: Tensor) -> None:
+    """Leave the rows of the weight, and the elements of the bias, where `kept` is true."""
+    weight = linear.weight
+    linear.weight = nn.Parameter(weight[kept], weight.requires_grad)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias[kept], linear.bias.requires_grad)
+    linear.out_features = len(linear.weight)
+
+
+def _keep_inputs(linear: nn.Linear, kept: Tensor) -> None:
+    """Leave the columns of the weight where `kept` is true."""
+    weight = linear.weight
+    linear.weight = nn.Parameter(weight[:, kept], weight.requires_grad)
+    linear.in_features = linear.weight.shape[1]
+
+
+# ------------------------------------------------------------------------------------------- guards
+# Against misuse, with a sentence that says what is wrong. They are no part of the method.
+
+
+def _check_plain_linears(*linears: nn.Module) -> None:
+    for linear in linears:
+        if not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
+            raise ValueError(f"a plain nn.Linear is expected, of a model that is baked: {linear}")
+
+
+def _check_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear,
+                 head_size: int) -> None:
+    _check_plain_linears(query, key, value, out)
+    inner = out.in_features
+    for linear in (query, key, value):
+        if linear.out_features != inner:
+            raise ValueError(f"as many outputs as `out` has inputs, {inner}, are expected: {linear}")
+    if inner % head_size != 0:
+        raise ValueError(f"{inner} rows are no whole number of heads of {head_size}")
+
+
+def _check_dimensions(fc1: nn.Linear, fc2: nn.Linear) -> None:
+    _check_plain_linears(fc1, fc2)
+    if fc1.out_features != fc2.in_features:
+        raise ValueError(f"as many outputs of fc1 as inputs of fc2 are expected: {fc1}, {fc2}")

@@ -13,22 +13,19 @@ Comments: `# Differs:` marks a deviation from the authors, `# Note:` a remark of
 import argparse
 import copy
 import dataclasses
-import hashlib
 import math
 import shlex
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import blockprune
-from bert import (BertConfig, BertForQuestionAnswering, SelfAttention, hf_tensors, load_model, load_tokenizer, read_json,
-                  read_safetensors, save_model, write_json, write_safetensors)
+from bert import (BertConfig, BertForQuestionAnswering, hf_tensors, load_model, load_tokenizer, read_json, save_model,
+                  weights_sha256, write_json)
+import train_squad as ts
 
 # ------------------------------------------------------------------------------------- compaction
 
@@ -38,76 +35,18 @@ def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
 
     model: masked, baked, dense or compacted, of finite weights; it is left as it is. Heads and FFN dimensions
     that add nothing or a constant go, and the constants go into the bias that follows: see cut_heads() and
-    cut_dimensions(), which works for any two linears.
+    cut_dimensions() of blockprune.py.
 
     # Differs: the reference drops the constants, and keeps at least one head and one dimension a layer.
     """
     small = blockprune.bake(copy.deepcopy(model))
     for layer in small.bert.layers:
-        layer.attention.heads = cut_heads(layer.attention, model.config.head_size)
-        layer.ffn.width = cut_dimensions(layer.ffn.fc1, layer.ffn.fc2, layer.ffn.act)
+        a, ffn = layer.attention, layer.ffn
+        a.heads = blockprune.cut_heads(a.query, a.key, a.value, a.out, model.config.head_size)
+        ffn.width = blockprune.cut_dimensions(ffn.fc1, ffn.fc2, ffn.act)
     small.config = dataclasses.replace(model.config, heads=[layer.attention.heads for layer in small.bert.layers],
                                        ffn=[layer.ffn.width for layer in small.bert.layers])
     return small
-
-
-@torch.no_grad()
-def cut_heads(a: SelfAttention, D: int) -> int:
-    """Remove, in place, the heads of size D that add nothing or a constant; how many are left.
-
-        O columns of the head all 0                              adds nothing
-        V rows all 0: its values are the bias bᵥ, whatever
-            the attention is (a row of it sums to 1)             adds O bᵥ
-
-    # Differs: the reference removes a head as soon as one of Q, K and V is empty. With Q or K and its
-    # bias empty attention is uniform, but the head still adds a mean of V: here it stays.
-    """
-    V, bV, O = (t.double() for t in (a.value.weight, a.value.bias, a.out.weight))
-    kept = (V.view(-1, D * V.shape[1]) != 0).any(1) & (O.view(len(O), -1, D) != 0).any((0, 2))
-    rows = kept.repeat_interleave(D)                                        # (H · D)
-    fold(a.out, O[:, ~rows] @ bV[~rows])
-    for linear in (a.query, a.key, a.value):
-        keep(linear, rows, dim=0)
-    keep(a.out, rows, dim=1)
-    return int(kept.sum())
-
-
-@torch.no_grad()
-def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tensor]) -> int:
-    """Remove, in place, the inner dimensions of fc2(act(fc1(x))) that add nothing or a constant; how many are left.
-
-        column j of fc2 all 0                                    adds nothing
-        row j of fc1 all 0: its activation is act(b₁[j])         adds act(b₁[j]) · fc2[:, j]
-
-    fc1, fc2: any two linears, (F, in) and (out, F), baked, with or without biases; act works on single numbers.
-    A constant makes a bias of fc2 where there was none. ValueError if fc2 does not take what fc1 gives.
-    """
-    plain = all(isinstance(fc, nn.Linear) and not parametrize.is_parametrized(fc) for fc in (fc1, fc2))
-    if not plain or fc1.out_features != fc2.in_features:
-        raise ValueError(f"two plain linears are expected, with as many outputs as inputs: {fc1}, {fc2}")
-    W1, W2 = fc1.weight.double(), fc2.weight.double()
-    b1 = W1.new_zeros(len(W1)) if fc1.bias is None else fc1.bias.double()
-    kept = (W1 != 0).any(1) & (W2 != 0).any(0)                              # (F)
-    fold(fc2, W2[:, ~kept] @ act(b1[~kept]))
-    keep(fc1, kept, dim=0)
-    keep(fc2, kept, dim=1)
-    return int(kept.sum())
-
-
-def fold(linear: nn.Linear, constant: Tensor) -> None:
-    """Add a constant output (fp64) to the bias."""
-    if constant.any():
-        bias = linear.weight.new_zeros(()) if linear.bias is None else linear.bias
-        linear.bias = nn.Parameter((bias.double() + constant).to(bias.dtype), linear.weight.requires_grad)
-
-
-def keep(linear: nn.Linear, kept: Tensor, dim: int) -> None:
-    """Leave only some of the outputs (dim 0), with their biases, or of the inputs (dim 1)."""
-    W = linear.weight
-    linear.weight = nn.Parameter(W[:, kept] if dim else W[kept], W.requires_grad)
-    if dim == 0 and linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[kept], linear.bias.requires_grad)
-    linear.out_features, linear.in_features = linear.weight.shape
 
 
 @torch.no_grad()
@@ -195,68 +134,6 @@ def mask_rows(model: BertForQuestionAnswering) -> dict[str, dict[str, list[str]]
 
 # -------------------------------------------------------------------------------- on disk, and the check
 
-def save_pruning(model: BertForQuestionAnswering, folder: str | Path, vocab: str | Path, **pruning) -> None:
-    """The model with its masks folded in and, in pruning.safetensors, W, b and each distinct score once.
-
-    pruning: method, block and threshold, as load_pruning() needs them.
-    """
-    names = dict(model.named_parameters())
-    owner = {id(p): name for name, p in names.items()}
-    shared = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n not in names}
-    save_model(model, folder, vocab, pruning={**pruning, "shared": shared})     # shared: for other readers
-    write_safetensors({n: p for n, p in names.items() if "parametrizations" in n}, Path(folder, "pruning.safetensors"))
-
-
-def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
-    """The model of a run folder, with its masks on if it was fine-pruned."""
-    model, pruning = load_model(folder), read_json(Path(folder, "config.json")).get("pruning")
-    if pruning:
-        from train_squad import add_masks   # Note: here, because train_squad imports this file
-        add_masks(model, pruning["method"], pruning["block"])
-        blockprune.set_threshold(model, pruning["threshold"])
-        saved = read_safetensors(Path(folder, "pruning.safetensors"))
-        wanted = {name: p for name, p in model.named_parameters() if "parametrizations" in name}
-        if {n: p.shape for n, p in wanted.items()} != {n: p.shape for n, p in saved.items()}:
-            raise ValueError(f"{folder}: pruning.safetensors does not fit the model of config.json")
-        for name, p in wanted.items():
-            p.data.copy_(saved[name])
-    return model
-
-
-def weights_sha256(folder: str | Path) -> str:
-    """Of the weights in a model folder."""
-    path = Path(folder, "model.safetensors")
-    with open(path if path.exists() else path.with_name("pytorch_model.bin"), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def scored(folder: Path) -> dict | None:
-    """The results.json of a folder; None where there is none, or where it is not of the weights beside it."""
-    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
-    weights = (folder / "model.safetensors").is_file() and weights_sha256(folder)
-    return results if weights and results.get("weights_sha256") == weights else None
-
-
-def write_results(folder: str | Path, model: BertForQuestionAnswering, config, training, dev, **values) -> None:
-    """results.json of a run folder: what can be counted on the model, `values`, and null for the rest.
-
-    config, training, dev: the Config and the two Squads of train_squad.py (training may be None). heads and
-    ffn are those that compaction leaves; density is non-zero / dense linear weights; precision is that of
-    training and scoring; latency_ms is in fp32, and device and threads are where it was measured, once it was.
-    """
-    counts, small = count_parameters(model), compact(model).config
-    data = dict(name=Path(config.data).name, sha256={"train": training and training.sha256, "dev": dev.sha256},
-                train_questions=training and len(training.questions), dev_questions=len(dev.questions))
-    unknown = ("exact_match", "f1", "exact_match_masked", "f1_masked", "max_abs_logit_difference", "latency_ms", "speedup",
-               "flops_ratio", "batch", "length", "command", "seconds")
-    results = dict.fromkeys(unknown) | dict(
-        parameters=counts, density=counts["linear_nonzero"] / counts["linear_dense"], heads=small.heads,
-        heads_authors_rule=heads_authors_rule(model), ffn=small.ffn, device=config.device, data=data,
-        threads=torch.get_num_threads(), precision=config.precision, seed=config.seed,
-        weights_sha256=weights_sha256(folder)) | values
-    write_json(Path(folder, "results.json"), results)
-
-
 @torch.no_grad()
 def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batches, spans) -> float:
     """Both models on real text: the largest |Δ logit| at a real token. ValueError if it is too large.
@@ -284,9 +161,16 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
 
 # ---------------------------------------------------------------------------------- command line
 
+def counted(model: BertForQuestionAnswering) -> dict:
+    """What results.json says of a model's size. heads and ffn are those that compaction leaves."""
+    parameters = count_parameters(model)
+    small = compact(model).config
+    return dict(parameters=parameters, density=parameters["linear_nonzero"] / parameters["linear_dense"],
+                heads=small.heads, heads_authors_rule=heads_authors_rule(model), ffn=small.ffn)
+
+
 def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None, command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
-    import train_squad as ts
     trained, began = read_json(folder / "run.json", "settings"), time.monotonic()
     weights, source = weights_sha256(folder), [str(folder), data, v2, dev_questions]
     found = read_json(out / "run.json") if (out / "run.json").is_file() else {}
@@ -300,10 +184,10 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
     config.dev_questions = config.dev_questions if dev_questions is None else dev_questions
     config = ts.settle(config)
     dev = ts.read_squad(config.data, ts.file_name("dev", config.v2), config.dev_questions)
-    if (old := scored(out)) and found.get("compacted_weights") == weights and old["data"]["sha256"]["dev"] == dev.sha256:
+    if (old := ts.scored(out)) and found.get("compacted_weights") == weights and old["data"]["sha256"]["dev"] == dev.sha256:
         return print(f"{out}: finished before, its results.json is there")
     features = ts.Features(dev, load_tokenizer(folder), config, training=False)
-    masked = load_pruning(folder).eval().to(config.device)
+    masked = ts.load_pruning(folder).eval().to(config.device)
     small = compact(masked)
     some = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.seed))[:1024].numpy()
     worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),
@@ -317,9 +201,11 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
         write_json(out / "masks.json", mask_rows(masked))
     small = load_model(out)
     before, after = (ts.evaluate(model, features, config, out) for model in (masked, small))
-    write_results(out, small, config, None, dev, **after, exact_match_masked=before["exact_match"],
-                  f1_masked=before["f1"], max_abs_logit_difference=worst, command=command,
-                  heads_authors_rule=heads_authors_rule(masked), seconds=time.monotonic() - began)
+    of_masked = counted(masked)
+    sizes = counted(small) | dict(heads_authors_rule=of_masked["heads_authors_rule"])
+    ts.write_results(out, config, None, dev, **after, exact_match_masked=before["exact_match"], f1_masked=before["f1"],
+                     density_masked=of_masked["density"], **sizes, max_abs_logit_difference=worst, command=command,
+                     seconds=time.monotonic() - began)
     print(f"{draw(small.config)}\n{out}: F1 {before['f1']:.2f} masked, {after['f1']:.2f} compact; the largest logit "
           f"difference over {len(some)} windows in fp32 is {worst:.1e}")
 
@@ -330,10 +216,9 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -
     ValueError if they were not all scored on the same dev set, that of the folder `data` if it is given, or if the
     results.json of one is not of its weights.
     """
-    import train_squad as ts
     data = data and ts.settle(ts.Config(data=data)).data
-    rows = [read_json(folder / "results.json", "data", "parameters", "f1") for folder in folders]
-    if stale := [str(folder) for folder in folders if not scored(folder)]:
+    rows = [read_json(folder / "results.json", "data", "f1") for folder in folders]
+    if stale := [str(folder) for folder in folders if not ts.scored(folder)]:
         raise ValueError(f"results.json is not of the weights beside it: {', '.join(stale)}. Run what made it again")
     dev_sets = {(d["sha256"]["dev"], d["dev_questions"]) for d in (row["data"] for row in rows)}
     if len(dev_sets) > 1 or data and next(iter(dev_sets))[0] != ts.read_squad(data, ts.file_name("dev", v2)).sha256:
@@ -347,6 +232,7 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -
           f"{'ms':>7} {'speed':>6}")
     table = []
     for folder, results, model, ms in zip(folders, rows, models, times):
+        results.update({**counted(model), **{k: results[k] for k in ("heads_authors_rule",) if k in results}})
         results.update(latency_ms=ms, speedup=times[0] / ms, batch=batch, length=length, device=device,
                        threads=torch.get_num_threads(), flops_ratio=flops(full, length) / flops(model.config, length))
         write_json(folder / "results.json", results)

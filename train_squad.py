@@ -44,8 +44,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import blockprune
-from bert import BertForQuestionAnswering, load_model, load_tokenizer, read_json, replacing, save_model, write_json
-from compact import save_pruning, scored, weights_sha256, write_results
+from bert import (BertForQuestionAnswering, load_model, load_tokenizer, read_json, read_safetensors, replacing, save_model,
+                  weights_sha256, write_json, write_safetensors)
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -79,7 +79,7 @@ class Config:
     threshold: float = 0.1              # final τ: a block is pruned at σ(S) ≤ τ  [R:command_line.py]
     final_lambda: float | None = None   # λ at the final τ: the higher, the less is kept; paper, hybrid: 2.5 to 40
     attention_lambda: float | None = None   # times λ, for attention; 1, or 0.05 for struct, whose scores are few
-    dense_lambda: float | None = None   # times λ, for the FFN; 1; paper: 0.25 for the headline model
+    ffn_lambda: float | None = None   # times λ, for the FFN; 1; paper: 0.25 for the headline model
     alpha_ce: float = 0.1               # weight of the cross entropy, if there is a teacher  [R:command_line.py]
     alpha_kd: float = 0.9               # weight of the distillation  [R:command_line.py]
     temperature: float = 2              # T of the distillation  [R:patch_coordinator.py]
@@ -100,10 +100,10 @@ PRESETS = {
     "small": dict(dense=dict(epochs=3, lr=1e-4), fill=dict(epochs=2, lr=1e-4),
                   prune=dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80)),
     "paper": dict(dense=dict(epochs=2, lr=3e-5), fill=dict(epochs=4, lr=3e-5),
-                  prune=dict(epochs=20, lr=3e-5, score_lr=0.01, final_lambda=20, dense_lambda=0.25, warmup_steps=5400)),
+                  prune=dict(epochs=20, lr=3e-5, score_lr=0.01, final_lambda=20, ffn_lambda=0.25, warmup_steps=5400)),
 }
 MAY_BE_ZERO = ("stride", "seed", "warmup_steps", "initial_warmup", "final_warmup", "final_lambda", "attention_lambda",
-               "dense_lambda", "alpha_ce", "alpha_kd", "attention_dropout", "weight_decay", "checkpoint_every")
+               "ffn_lambda", "alpha_ce", "alpha_kd", "attention_dropout", "weight_decay", "checkpoint_every")
 NOT_SETTINGS = ("out", "log_every", "checkpoint_every")     # may change when a run goes on
 
 
@@ -122,7 +122,7 @@ def settle(config: Config) -> Config:
     c.precision = c.precision or ("bf16" if bf16 else "fp32")
     c.preset = c.preset or ("builtin" if Path(c.data).name == "builtin" else "small")
     stage = "fill" if c.fill else "dense" if c.method == "dense" else "prune"
-    usual = dict(attention_lambda=0.05 if c.method == "struct" else 1.0, dense_lambda=1.0,
+    usual = dict(attention_lambda=0.05 if c.method == "struct" else 1.0, ffn_lambda=1.0,
                  attention_dropout=0.1 if c.preset == "paper" else 0.0)
     for name, value in (usual | PRESETS[c.preset][stage]).items():
         if getattr(c, name) is None:
@@ -481,6 +481,33 @@ def refill(model: BertForQuestionAnswering) -> None:
                 p.copy_(torch.where(p == 0, torch.randn_like(p) * 0.01 * std + p.mean(), p))
 
 
+def save_pruning(model: BertForQuestionAnswering, folder: str | Path, vocab: str | Path, **pruning) -> None:
+    """The model with its masks folded in and, in pruning.safetensors, W, b and each distinct score once.
+
+    pruning: method, block and threshold, as load_pruning() needs them.
+    """
+    names = dict(model.named_parameters())
+    owner = {id(p): name for name, p in names.items()}
+    shared = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n not in names}
+    save_model(model, folder, vocab, pruning={**pruning, "shared": shared})     # shared: for other readers
+    write_safetensors({n: p for n, p in names.items() if "parametrizations" in n}, Path(folder, "pruning.safetensors"))
+
+
+def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
+    """The model of a run folder, with its masks on if it was fine-pruned."""
+    model, pruning = load_model(folder), read_json(Path(folder, "config.json")).get("pruning")
+    if pruning:
+        add_masks(model, pruning["method"], pruning["block"])
+        blockprune.set_threshold(model, pruning["threshold"])
+        saved = read_safetensors(Path(folder, "pruning.safetensors"))
+        wanted = {name: p for name, p in model.named_parameters() if "parametrizations" in name}
+        if {n: p.shape for n, p in wanted.items()} != {n: p.shape for n, p in saved.items()}:
+            raise ValueError(f"{folder}: pruning.safetensors does not fit the model of config.json")
+        for name, p in wanted.items():
+            p.data.copy_(saved[name])
+    return model
+
+
 # ------------------------------------------------------------------------------- teacher and loss
 
 @torch.no_grad()
@@ -627,7 +654,7 @@ def train(model: BertForQuestionAnswering, teacher, features: Features, config: 
             ce, kd = (share * term for term in loss_terms(student, target, batch, config.temperature))
             loss = config.alpha_ce * ce + config.alpha_kd * kd if teacher else ce  # Paper: alone, ce counts whole
             if pruning:
-                penalty = blockprune.penalty(model, dict(attention=config.attention_lambda, dense=config.dense_lambda))
+                penalty = blockprune.penalty(model, dict(attention=config.attention_lambda, ffn=config.ffn_lambda))
                 lam = lambda_at(step, config, total, warmup)
                 loss = loss + lam * penalty
             optimizer.zero_grad()
@@ -699,6 +726,24 @@ def restore(path: Path, model, optimizer, rank: int) -> tuple[int, float]:
 
 
 # ------------------------------------------------------------------------------------- run folders
+
+def scored(folder: Path) -> dict | None:
+    """The results.json of a folder; None where there is none, or where it is not of the weights beside it."""
+    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
+    weights = (folder / "model.safetensors").is_file() and weights_sha256(folder)
+    return results if weights and results.get("weights_sha256") == weights else None
+
+
+def write_results(folder: str | Path, config: Config, training: Squad | None, dev: Squad, **values) -> None:
+    """results.json of a run folder: what the run knows, and `values`. compact.py adds what is counted and timed.
+
+    training may be None. precision is that of training and scoring.
+    """
+    data = dict(name=Path(config.data).name, sha256={"train": training and training.sha256, "dev": dev.sha256},
+                train_questions=training and len(training.questions), dev_questions=len(dev.questions))
+    write_json(Path(folder, "results.json"), dict(data=data, seed=config.seed, precision=config.precision,
+                                                  weights_sha256=weights_sha256(folder), **values))
+
 
 @contextlib.contextmanager
 def held(out: Path):
@@ -790,7 +835,7 @@ def run(config: Config, command: str) -> None:
         # Note: what is scored is what is on disk, and the last step is the result: none is chosen on dev.
         model = load_model(config.out)
         scores = evaluate(model, Features(dev, tokenizer, config, training=False), config, config.out)
-        write_results(config.out, model, config, training, dev, command=command, **scores, seconds=seconds)
+        write_results(config.out, config, training, dev, command=command, **scores, seconds=seconds)
         print(f"{config.out}: EM {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}, "
               f"{len(dev.questions)} questions of {name}")
 

@@ -275,7 +275,7 @@ def run_picture(run: str) -> str:
     """τ, λ, density and loss over the steps of a fine-pruning."""
     lines = [json.loads(line) for line in (HERE / run / "hybrid" / "log.jsonl").read_text().splitlines()]
     panels = (("τ, the threshold", {"τ": lambda r: r["threshold"]}), ("λ, the weight of the penalty", {"λ": lambda r: r["lambda"]}),
-              ("density: attention (blue), FFN (green)", {k: lambda r, k=k: r["density"].get(k, 1) for k in ("attention", "dense")}),
+              ("density: attention (blue), FFN (green)", {k: lambda r, k=k: r["density"].get(k, r["density"].get("dense", 1)) for k in ("attention", "ffn")}),
               ("loss: all (blue), cross entropy (green)", {k: lambda r, k=k: r[k] for k in ("loss", "ce")}))
     parts = [f'<text class="t" x="10" y="18">Fine-pruning, Hybrid 32x32 on MiniLM: {run}</text>']
     for k, (title, values) in enumerate(panels):

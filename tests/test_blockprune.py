@@ -243,7 +243,7 @@ def test_training_finds_the_planted_blocks(weight_of_penalty):
     mask = mask_weight(student, (2, 3))
     optimizer = torch.optim.Adam(parameter_groups(student, lr=2e-2, score_lr=1e-1))
     for step in range(200):
-        threshold = threshold_schedule(step, 200, start=20, end=100)
+        threshold = threshold_schedule(step, 200, flat_start=20, flat_end=100)
         set_threshold(student, threshold)
         loss = F.mse_loss(student(x), x @ target.T)
         optimizer.zero_grad()
@@ -258,7 +258,7 @@ def test_training_finds_the_planted_blocks(weight_of_penalty):
 
 
 def test_threshold_is_flat_then_cubic_then_flat():
-    tau = [threshold_schedule(step, 150, start=10, end=40) for step in range(151)]
+    tau = [threshold_schedule(step, 150, flat_start=10, flat_end=40) for step in range(151)]
     assert tau[:11] == [0] * 11 and tau[110:] == [0.1] * 41
     assert all(a < b for a, b in zip(tau[10:110], tau[11:111]))
     assert [tau[35], tau[60], tau[85]] == pytest.approx([0.0578, 0.0875, 0.0984], abs=5e-5)
@@ -279,8 +279,8 @@ def test_penalty_by_hand():
                          "fc1": nn.Linear(4, 5), "fc2": nn.Linear(5, 3), "last": nn.Linear(7, 2)})
     query = mask_weight(net["query"], (3, 4), kind="attention").scores
     value = mask_weight(net["value"], (2, 2), kind="attention").scores
-    inner = mask_dimensions(net["fc1"], net["fc2"], kind="dense")
-    last = mask_weight(net["last"], (1, 7), kind="dense").scores
+    inner = mask_dimensions(net["fc1"], net["fc2"], kind="ffn")
+    last = mask_weight(net["last"], (1, 7), kind="ffn").scores
     assert penalty(net).item() == 0.5 and penalty(net).shape == ()
     query.data = torch.tensor([[0.1], [0.3]]).logit()               # mean 0.2
     value.data = torch.full((3, 2), 0.6).logit()                    # mean 0.6: 0.4 for the kind
@@ -288,7 +288,7 @@ def test_penalty_by_hand():
     last.data = torch.tensor([[0.6], [0.8]]).logit()                # mean 0.7: 0.5 for the kind
     assert penalty(net).item() == pytest.approx((0.4 + 0.5) / 2)
     assert penalty(net, {"attention": 3}).item() == pytest.approx((3 * 0.4 + 0.5) / 2)
-    penalty(net, {"attention": 3, "dense": 7}).backward()  # λ σ′ / (numel · N · K), with σ′ = σ (1 − σ)
+    penalty(net, {"attention": 3, "ffn": 7}).backward()  # λ σ′ / (numel · N · K), with σ′ = σ (1 − σ)
     assert query.grad[0, 0].item() == pytest.approx(3 * 0.1 * 0.9 / (2 * 2 * 2))
     assert value.grad[1, 1].item() == pytest.approx(3 * 0.6 * 0.4 / (6 * 2 * 2))
     assert inner.grad[1].item() == pytest.approx(7 * 0.2 * 0.8 / (5 * 2 * 2))
@@ -314,7 +314,7 @@ def test_density_by_hand():
     set_threshold(net, 0.1)
     mask.scores.data[0, 0] = mask.scores.data[3, 1] = DEAD  # 2 × 3 weights, and 1 × 2 in the corner
     inner.data[:3] = DEAD                                   # leaves 5 of 20 and 3 of 12
-    assert density(net) == pytest.approx({"attention": 27 / 35, "dense": 8 / 32, "all": 35 / 67})
+    assert density(net) == pytest.approx({"attention": 27 / 35, "ffn": 8 / 32, "all": 35 / 67})
 
 
 # ----------------------------------------------------------------- bake, saving, copying, precision
@@ -449,8 +449,9 @@ def test_multihead_attention():
     (lambda: mask_dimensions(nn.Linear(5, 7), nn.Linear(6, 3)), "fc1 has 7 outputs but fc2 6 inputs"),
     (lambda: penalty(put_masks(small_net()), {"atention": 1.0}), "atention"),
     (lambda: penalty(small_net()), "masks"),
-    (lambda: threshold_schedule(0, 100, start=40, end=60), "no step is left"),
-    (lambda: threshold_schedule(99, 100, start=90, end=60), "no step is left")])
+    (lambda: threshold_schedule(0, 100, flat_start=40, flat_end=60), "no step is left"),
+    (lambda: threshold_schedule(0, 100, flat_start=40, flat_end=59), "no step is left"),     # a jump is no rise
+    (lambda: threshold_schedule(99, 100, flat_start=90, flat_end=60), "no step is left")])
 def test_what_is_refused(refused, message):
     with pytest.raises(ValueError, match=message):
         refused()

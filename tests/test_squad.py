@@ -471,7 +471,7 @@ def test_masks_of_each_method(method, query, out, fc1, fc2, tensors, scores):
         a, ffn = layer.attention, layer.ffn
         found = [linear.parametrizations.weight[0] for linear in (a.query, a.key, a.value, a.out, ffn.fc1, ffn.fc2)]
         assert [mask.block for mask in found] == [query, query, query, out, fc1, fc2]
-        assert [mask.kind for mask in found] == ["attention"] * 4 + ["dense"] * 2
+        assert [mask.kind for mask in found] == ["attention"] * 4 + ["ffn"] * 2
         assert len({id(mask.scores) for mask in found[:4]}) == (1 if method == "struct" else 4)
         assert (found[4].scores is found[5].scores) == (method in ("hybrid", "struct"))
         if method == "struct":
@@ -573,7 +573,7 @@ def test_a_preset_fills_what_its_stage_needs(stage):
     assert (c.lr, c.batch, c.initial_warmup, c.final_warmup, c.threshold, c.attention_lambda) == (3e-5, 16, 1, 10, 0.1, 1)
     assert (c.alpha_ce, c.alpha_kd, c.temperature, c.clip, c.weight_decay, c.attention_dropout) == (0.1, 0.9, 2, 1, 0, 0.1)
     assert (c.max_length, c.stride, c.max_answer, c.seed, c.score_lr or 1e-2) == (384, 128, 30, 17, 1e-2)
-    assert c.dense_lambda == (0.25 if "method" in stage else 1)     # the headline model's
+    assert c.ffn_lambda == (0.25 if "method" in stage else 1)     # the headline model's
     assert "method" not in stage or ts.settle(Config(method="struct")).attention_lambda == 0.05
     assert [ts.settle(Config(data=data)).preset for data in ("x/builtin", "x/squad")] == ["builtin", "small"]
 
@@ -614,8 +614,8 @@ def test_a_masked_model_comes_back_from_its_folder(folder, tmp_path, method, sco
     for mask in masks(model):
         mask.scores.data.copy_(torch.linspace(-2, 2, mask.scores.numel()).view_as(mask.scores))
     set_threshold(model, 0.4)
-    compact.save_pruning(model, tmp_path, folder / "vocab.txt", method=method, block="2x3", threshold=0.4)
-    other, saved = compact.load_pruning(tmp_path).eval(), read_safetensors(tmp_path / "pruning.safetensors")
+    ts.save_pruning(model, tmp_path, folder / "vocab.txt", method=method, block="2x3", threshold=0.4)
+    other, saved = ts.load_pruning(tmp_path).eval(), read_safetensors(tmp_path / "pruning.safetensors")
     ids = torch.arange(34).view(2, 17)
     for found in (other, load_model(tmp_path).eval()):  # model.safetensors alone holds the effective weights
         assert torch.equal(torch.stack(found(ids)), torch.stack(model(ids)))
@@ -630,8 +630,8 @@ def test_a_masked_model_comes_back_from_its_folder(folder, tmp_path, method, sco
     config["pruning"].update(method="block", block="5x5")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="does not fit"):
-        compact.load_pruning(tmp_path)
-    assert not list(masks(compact.load_pruning(folder)))    # a plain model has none
+        ts.load_pruning(tmp_path)
+    assert not list(masks(ts.load_pruning(folder)))    # a plain model has none
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):

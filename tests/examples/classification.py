@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from blockprune import (bake, density, mask_dimensions, mask_weight, parameter_groups, penalty, set_threshold,
+from blockprune import (bake, cut_dimensions, density, mask_dimensions, mask_weight, parameter_groups, penalty, set_threshold,
                         threshold_schedule)
-from compact import cut_dimensions
 
 
 class Classifier(nn.Module):
@@ -36,7 +35,7 @@ def train(model, steps, prune=False):
     for step in range(steps):
         tokens, label = sentences(32)
         if prune:
-            tau = threshold_schedule(step, steps, start=steps // 20, end=steps // 2)
+            tau = threshold_schedule(step, steps, flat_start=steps // 20, flat_end=steps // 2)
             set_threshold(model, tau)
         with parametrize.cached():          # MultiheadAttention reads its weight several times: one mask serves all
             loss = nn.functional.cross_entropy(model(tokens), label)
@@ -68,7 +67,7 @@ def main():
     bake(model)
     widths = [cut_dimensions(layer.linear1, layer.linear2, layer.activation) for layer in model.encoder.layers]
     print(f"accuracy {dense:.3f} dense, {masked:.3f} pruned, {accuracy(model):.3f} cut; kept of attention "
-          f"{kept['attention']:.2f}, of FFN {kept['dense']:.2f}; FFN widths {widths} of 128")
+          f"{kept['attention']:.2f}, of FFN {kept['ffn']:.2f}; FFN widths {widths} of 128")
     return dense, masked, accuracy(model), kept, widths
 
 

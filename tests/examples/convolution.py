@@ -27,7 +27,7 @@ def main():
     optimizer = torch.optim.Adam(parameter_groups(model, lr=5e-3, score_lr=5e-2))
     for step in range(400):
         image, label = stripes(64)
-        tau = threshold_schedule(step, 400, start=20, end=200)
+        tau = threshold_schedule(step, 400, flat_start=20, flat_end=200)
         set_threshold(model, tau)
         loss = nn.functional.cross_entropy(model(image), label)
         optimizer.zero_grad()

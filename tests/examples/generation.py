@@ -7,12 +7,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from blockprune import (bake, density, mask_dimensions, mask_weight, parameter_groups, penalty, set_threshold,
+from blockprune import (bake, cut_dimensions, density, mask_dimensions, mask_weight, parameter_groups, penalty, set_threshold,
                         threshold_schedule)
-from compact import cut_dimensions
 
 T, START, WORDS = 6, 10, 11                 # symbols 0 to 9, and a sign to start with
-LAMBDAS = {"encoder": 0.3, "decoder": 0.3, "cross": 0.1, "dense": 0.5}
+LAMBDAS = {"encoder": 0.3, "decoder": 0.3, "cross": 0.1, "ffn": 0.5}
 
 
 class Writer(nn.Module):
@@ -44,7 +43,7 @@ def train(model, steps, prune=False):
         target = read.flip(1)
         written = torch.cat([torch.full((64, 1), START), target[:, :-1]], 1)
         if prune:
-            tau = threshold_schedule(step, steps, start=steps // 20, end=steps // 2)
+            tau = threshold_schedule(step, steps, flat_start=steps // 20, flat_end=steps // 2)
             set_threshold(model, tau)
         with parametrize.cached():          # MultiheadAttention reads its weight several times: one mask serves all
             loss = nn.functional.cross_entropy(model(read, written).flatten(0, 1), target.flatten())

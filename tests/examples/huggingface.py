@@ -13,10 +13,10 @@ from blockprune import bake, density, mask_weight, parameter_groups, penalty, se
 
 KINDS = {   # how the name of a module ends → kind, block, the dimension of the weight that holds the outputs
     "bert": {"self.query": ("attention", (8, 8), 0), "self.key": ("attention", (8, 8), 0), "self.value": ("attention", (8, 8), 0),
-             "attention.output.dense": ("attention", (8, 8), 0), "intermediate.dense": ("dense", (1, 32), 0),
-             "output.dense": ("dense", (32, 1), 0)},
+             "attention.output.dense": ("attention", (8, 8), 0), "intermediate.dense": ("ffn", (1, 32), 0),
+             "output.dense": ("ffn", (32, 1), 0)},
     "gpt2": {"attn.c_attn": ("attention", (8, 8), 1), "attn.c_proj": ("attention", (8, 8), 1),
-             "mlp.c_fc": ("dense", (32, 1), 1), "mlp.c_proj": ("dense", (1, 32), 1)}}
+             "mlp.c_fc": ("ffn", (32, 1), 1), "mlp.c_proj": ("ffn", (1, 32), 1)}}
 
 
 def models():
@@ -36,7 +36,7 @@ def prune(model, steps=60):
                 break
     optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-3, score_lr=0.15))
     for step in range(steps):
-        tau = threshold_schedule(step, steps, start=3, end=30)
+        tau = threshold_schedule(step, steps, flat_start=3, flat_end=30)
         set_threshold(model, tau)
         loss = model(input_ids=ids, labels=ids).loss + 5 * tau * penalty(model)
         optimizer.zero_grad()

@@ -12,7 +12,7 @@ model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), readout)
 mask = mask_weight(model[0], (8, 8))                                            # 1
 optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-2, score_lr=3e-2))   # 2
 for step in range(400):
-    tau = threshold_schedule(step, 400, start=20, end=200)
+    tau = threshold_schedule(step, 400, flat_start=20, flat_end=200)
     set_threshold(model, tau)                                                   # 3
     loss = torch.nn.functional.mse_loss(model(x), y)
     optimizer.zero_grad()
