@@ -530,10 +530,10 @@ def test_refill_replaces_zeros_and_nothing_else():
     assert empty.std().item() == pytest.approx(0.01 * 0.02, rel=0.05)       # of BERT's initializer_range
 
 
-def test_rate_and_threshold_by_step():
-    assert [ts.rate(step, 10, 4) for step in range(10)] == pytest.approx([1/4, 2/4, 3/4, 1, 1, 5/6, 4/6, 3/6, 2/6, 1/6])
-    assert [ts.rate(step, 4, 0) for step in range(4)] == pytest.approx([1, 3/4, 2/4, 1/4])
-    assert ts.rate(56_660, 110_660, 5_400) == pytest.approx(0.513, abs=5e-4)   # the paper's, where τ becomes final
+def test_learning_rate_and_threshold_by_step():
+    assert [ts.learning_rate_factor(step, 10, 4) for step in range(10)] == pytest.approx([1/4, 2/4, 3/4, 1, 1, 5/6, 4/6, 3/6, 2/6, 1/6])
+    assert [ts.learning_rate_factor(step, 4, 0) for step in range(4)] == pytest.approx([1, 3/4, 2/4, 1/4])
+    assert ts.learning_rate_factor(56_660, 110_660, 5_400) == pytest.approx(0.513, abs=5e-4)   # the paper's, where τ becomes final
     paper = ts.settle(Config(method="hybrid", preset="paper"))
     assert ts.plan(paper, 88_524) == (110_660, 5_400)
     tau = [ts.threshold_at(step, paper, 110_660, 5_400) for step in (5_400, 18_215, 31_030, 43_845, 56_660)]
