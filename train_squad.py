@@ -151,15 +151,18 @@ def loss_terms(student_logits, teacher_logits, batch: dict,
         padding = torch.finfo(torch.float32).min
         return logits.masked_fill(~batch["real"], padding).log_softmax(-1)      # (B, T)
 
+    # Cross entropy: where does the answer start, and where does it end?
     ce = 0.0
     for logits, label in zip(student_logits, (batch["start"], batch["end"])):
         ce = ce + F.nll_loss(log_softmax(logits.float()), label)
+    # Distillation: the student's distribution over positions should be the teacher's.
     kd = torch.zeros(())
     if teacher_logits is not None:
         for student, teacher in zip(student_logits, teacher_logits):
             student_log_p = log_softmax(student.float() / temperature)
             teacher_log_p = log_softmax(teacher.float() / temperature)
             kd = kd + F.kl_div(student_log_p, teacher_log_p, reduction="batchmean", log_target=True)
+    # Halves: a mean of start and end. T² keeps the gradient's size whatever the temperature is.
     return ce / 2, kd * temperature ** 2 / 2
 
 
@@ -199,14 +202,17 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
     out = Path(config.out)
     pruning = config.method != "dense"
     rank, world = processes(config.device)
+    # How many steps there are, and which comes first where the run was interrupted.
     total, warmup = plan(config, len(features))
     optimizer = prepare(model, config)
     first_step, seconds = restore(out / "checkpoint.pt", model, optimizer, config.device, total)
 
+    # The teacher is asked about every window once, not once an epoch.
     began = time.monotonic()
     teacher_logits = None
     if teacher is not None and first_step < total:
         teacher_logits = ask_teacher(teacher, features, config)     # (windows, 2, T)
+    # Under torchrun each process has a part of every batch, and gradients are means over them.
     parallel_model = model
     if world > 1:
         parallel_model = distribute(model)
@@ -273,8 +279,9 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
                             seconds + now - began)
             saved = now
 
+    # Paper: evaluation is at the final τ, whatever the step.
     if pruning:
-        blockprune.set_threshold(model, config.threshold)   # Paper: evaluation is at the final τ
+        blockprune.set_threshold(model, config.threshold)
     return seconds + time.monotonic() - began
 
 
@@ -297,6 +304,7 @@ def prepare(model: BertForQuestionAnswering, config: Config) -> torch.optim.Adam
 def plan(config: Config, windows: int) -> tuple[int, int]:
     """The steps of a run and of its warm-up. ValueError for a fine-pruning that cannot prune."""
     total = max(2, round(config.epochs * math.ceil(windows / config.batch)))
+    # Paper: 10 steps of warm-up for a fill. For short runs 5 % of the steps are the paper's share.
     warmup = config.warmup_steps
     if warmup is None and config.fill:
         warmup = 10
@@ -306,7 +314,8 @@ def plan(config: Config, windows: int) -> tuple[int, int]:
     if config.method == "dense":
         return total, warmup
 
-    threshold_at(0, config, total, warmup)      # refuses a schedule without a rise
+    # A schedule in which τ cannot rise is refused here, before anything is trained.
+    threshold_at(0, config, total, warmup)
     # Note: Adam moves a score by about its learning rate a step, so the sum of these bounds how far
     # it can fall. A block is pruned at logit(τ), −2.2 for 0.1; with less than 0.8 to spare few are.
     furthest = config.score_lr * sum(learning_rate_factor(t, total, warmup) for t in range(total))
@@ -332,7 +341,7 @@ def ask_teacher(teacher: BertForQuestionAnswering, features: "Features",
                 config: Config) -> torch.Tensor:
     """The teacher's start and end logits of every window, (windows, 2, T): 0.3 GB for all of SQuAD.
 
-    Note: it is asked once, not once an epoch; afterwards it makes room on the device.
+    Afterwards the teacher makes room on the device.
     """
     T = features.lengths.max()
     logits = torch.zeros(len(features), 2, T, device=config.device)
@@ -348,14 +357,15 @@ def ask_teacher(teacher: BertForQuestionAnswering, features: "Features",
 
 @torch.no_grad()
 def refill(model: BertForQuestionAnswering) -> None:
-    """Paper: Hybrid Filled. Exact zeros of a compacted model get small noise; then it is fine-tuned.
+    """Paper: Hybrid Filled. Exact zeros of a compacted model get small noise, then it is fine-tuned.
 
-        N(0, 1) · 0.01 · std(W) + mean(W), over the whole tensor; biases are left
+        0  ↦  N(0, 1) · 0.01 · std(W) + mean(W), over the whole tensor W
 
     A point of zeros has poor gradients. Source: [R:sparse_xp.py], unzero_parameters.
-    # Differs: where W is all zeros, std(W) is a fresh weight's. With Q and K both at 0 neither learns.
+    # Differs: where W is all zeros, std(W) is a fresh weight's: with Q and K at 0 neither learns.
     """
     for name, parameter in model.named_parameters():
+        # Biases stay as they are, and so does what has no spread.
         if name.endswith("bias") or parameter.numel() <= 1:
             continue
         std = model.config.initializer_range
@@ -411,6 +421,7 @@ def settle(config: Config) -> Config:
     if c.preset is None:
         c.preset = "builtin" if is_builtin(c.data) else "small"
 
+    # Whatever was not asked for comes from the preset, and the precision from the machine.
     values = preset_values(c)
     if values["precision"] is None:
         values["precision"] = "bf16" if multiplies_in_bf16(c.device) else "fp32"
@@ -424,6 +435,7 @@ def settle(config: Config) -> Config:
 def preset_values(config: Config) -> dict:
     """What the preset has for the stage of a run: dense fine-tuning, pruning or filling."""
     values = dict(attention_lambda=1.0, ffn_lambda=1.0, attention_dropout=0.0, precision=None)
+    # A model has few heads, so that each head's score feels a large part of the penalty.
     if config.method == "struct":
         values["attention_lambda"] = 0.05
     if config.preset == "paper":
@@ -440,16 +452,18 @@ def preset_values(config: Config) -> dict:
 
 def check_settings(c: Config) -> None:
     """ValueError, naming the flag, for a setting that is out of its range."""
+    # Numbers are finite and positive, and some of them may be 0.
     for name, value in vars(c).items():
         if type(value) not in (int, float):
             continue
-        flag = "--" + name.replace("_", "-")
+        flag = "--" + name.replace("_", "-")        # as it is given
         if not math.isfinite(value):
             raise ValueError(f"{flag} {value}: a number is expected")
         if name in MAY_BE_ZERO and value < 0:
             raise ValueError(f"{flag} {value}: it must be 0 or more")
         if name not in MAY_BE_ZERO and name != "null_threshold" and value <= 0:
             raise ValueError(f"{flag} {value}: it must be over 0")
+    # What does not go together, or is not of the right form.
     if c.fill and c.method != "dense":
         raise ValueError("--fill trains without masks: leave --method out")
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", c.block):
