@@ -513,6 +513,7 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None,
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cut off, or not JSON: {error}") from None
     squad = Squad([], [], hashlib.sha256(raw).hexdigest())
+    ids = set()
 
     def get(node, key, kind, where):
         """node[key], which must be there and of that type."""
@@ -536,7 +537,14 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None,
                 if not answers and qa.get("is_impossible") is not True:
                     raise ValueError(f"{path}: {where_asked} has no answer, and is not said to be "
                                      "impossible")
+                # Some sets number their questions. Scores are by id, so each has its own.
+                if type(qa.get("id")) is int:
+                    qa["id"] = str(qa["id"])
                 question_id = get(qa, "id", str, where_asked)
+                if question_id in ids:
+                    raise ValueError(f"{path}: {where_asked} has the id {question_id!r}, as another "
+                                     "question has")
+                ids.add(question_id)
                 question = get(qa, "question", str, where_asked)
                 squad.questions.append((question_id, question, len(squad.passages), answers))
             squad.passages.append(get(paragraph, "context", str, where))
@@ -1294,10 +1302,15 @@ def ask(folder: str, config: Config) -> None:
 def score_file(predictions_file: str, dev_file: str) -> None:
     """Print EM and F1 of a file of predictions, as the official scorers do."""
     dev_path = Path(dev_file.removesuffix(".xz"))
-    predictions = {}
-    for question_id, text in read_json(predictions_file).items():
-        predictions[question_id] = str(text)
-    print(json.dumps(score(predictions, read_squad(dev_path.parent, dev_path.name).truths())))
+    truths = read_squad(dev_path.parent, dev_path.name).truths()
+    predictions = read_json(predictions_file)
+    for question_id, text in predictions.items():
+        if type(text) is not str:
+            raise ValueError(f"{predictions_file}: the prediction of {question_id!r} is no text")
+    missing = len(set(truths) - set(predictions))
+    if missing > 0:
+        print(f"{missing} of {len(truths)} questions have no prediction", file=sys.stderr)
+    print(json.dumps(score(predictions, truths)))
 
 
 def parse(argv: list[str] | None) -> dict:
