@@ -124,6 +124,419 @@ def change(path):
     assert path.read_bytes() != raw
 
 
+def assert_same(a, b):
+    """The same files with the same bytes, but for clocks, paths and versions."""
+    files = {path.relative_to(b) for path in b.rglob("*") if path.is_file()}
+    assert {path.relative_to(a) for path in a.rglob("*") if path.is_file()} == files
+    for file in files:
+        if file.name in ("run.json", "checkpoint.pt", "summary.json"):
+            continue
+        if file.name == "results.json":
+            assert result(a / file) == result(b / file)
+        elif file.name == "log.jsonl":
+            assert log(a / file) == log(b / file)
+        else:
+            assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+def result(path):
+    """results.json without clocks, paths, and what the table adds."""
+    results = read(path)
+    keys = ("exact_match", "f1", "f1_masked", "max_abs_logit_difference", "data", "files_sha256")
+    return {key: results.get(key) for key in keys}
+
+
+def log(path):
+    """The lines of a log, without the clock."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        del line["examples_per_second"]
+        lines.append(line)
+    return lines
+
+
+# ------------------------------------------------------------- a run is known by what it starts from
+
+FILES_OF_A_RUN = [
+    # a run; a file that it starts from; what that is to the run
+    ("teacher", "data/train-v1.1.json", "contents of data"),
+    ("teacher", "data/dev-v1.1.json", "contents of dev"),
+    ("teacher", "bert/config.json", "contents of init/config.json"),
+    ("teacher", "bert/vocab.txt", "contents of init/vocab.txt"),
+    ("teacher", "bert/model.safetensors", "contents of init/model.safetensors"),
+    ("filled", "small/config.json", "contents of init/config.json"),
+    ("filled", "teacher/config.json", "contents of teacher/config.json"),
+    ("filled", "teacher/model.safetensors", "contents of teacher/model.safetensors"),
+    ("small", "data/dev-v1.1.json", "contents of dev"),
+    ("small", "hybrid/config.json", "contents of run/config.json"),
+    ("small", "hybrid/vocab.txt", "contents of run/vocab.txt"),
+    ("small", "hybrid/pruning.safetensors", "contents of run/pruning.safetensors"),
+]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("name, file, what", FILES_OF_A_RUN)
+def test_a_run_is_refused_where_a_file_that_it_starts_from_has_changed(chain, capsys, name, file,
+                                                                       what, finished):
+    if not finished:
+        (chain / name / "results.json").unlink()
+    change(chain / file)
+    if file.startswith("hybrid"):
+        score_again(chain / "hybrid")
+    before = snapshot(chain)
+    capsys.readouterr()
+    assert run(chain, name) == 2
+    line = said(capsys)
+    assert f"{name} holds a run of other settings: {what} was " in line and line.count(" was ") == 1
+    assert snapshot(chain) == before
+
+
+def score_again(folder):
+    """Let results.json be of the files as they are now."""
+    results = read(folder / "results.json")
+    results["files_sha256"] = ts.folder_sha256(folder)
+    write_json(folder / "results.json", results)
+
+
+def test_another_teacher_or_none_is_another_run(chain, capsys):
+    for more in (["--teacher", f"{chain}/hybrid"], ["--teacher", ""]):
+        capsys.readouterr()
+        assert run(chain, "filled", *more) == 2
+        assert "contents of teacher/model.safetensors was " in said(capsys)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("name", CHAIN)
+def test_a_run_goes_on_wherever_it_and_its_files_are(made, tmp_path, monkeypatch, capsys, name,
+                                                     finished):
+    """Moved, by a path from where one is, by a link, and with a slash more."""
+    shutil.copytree(made, tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to("elsewhere")
+    if not finished:
+        (tmp_path / "elsewhere" / name / "results.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run("link", name, "--data", "elsewhere/data/") == 0
+    assert ("finished before" in capsys.readouterr().out) == finished
+    assert_same(tmp_path / "elsewhere" / name, made / name)
+
+
+def test_a_preset_is_what_it_sets(chain, capsys):
+    """The same values under the name of a preset are the same run, other values are another one."""
+    capsys.readouterr()
+    assert run(chain, "teacher", "--preset", "builtin") == 0
+    assert "finished before" in capsys.readouterr().out
+    assert run(chain, "teacher", "--preset", "paper") == 2
+    assert "attention_dropout was 0.0 and is 0.1" in said(capsys)
+
+
+def as_before_v2(found):
+    del found["settings"]["v2"]
+    del found["settings"]["null_threshold"]
+
+
+def with_the_old_names(found):
+    settings = found["settings"]
+    settings["dense_lambda"] = settings.pop("ffn_lambda")
+    for name in ("out", "log_every", "checkpoint_every"):
+        del settings[name]
+
+
+def with_weights_alone(found):
+    contents = found["contents"]
+    older = {name: contents[name] for name in ("contents of data", "contents of dev")}
+    for part in ("init", "teacher"):
+        # It was "" for no teacher.
+        older[f"contents of {part}"] = contents[f"contents of {part}/model.safetensors"] or ""
+    found["contents"] = older
+
+
+def with_no_contents(found):
+    del found["contents"]
+
+
+@pytest.mark.parametrize("older", [as_before_v2, with_the_old_names, with_weights_alone,
+                                   with_no_contents])
+@pytest.mark.parametrize("name, init", [("teacher", "bert"), ("filled", "small")])
+def test_a_run_of_an_older_version_is_gone_on_with(chain, capsys, name, init, older):
+    found = read(chain / name / "run.json")
+    older(found)
+    write_json(chain / name / "run.json", found)
+    results = read(chain / name / "results.json")
+    del results["files_sha256"]
+    write_json(chain / name / "results.json", results)
+    capsys.readouterr()
+    assert run(chain, name) == 0 and "finished before" in capsys.readouterr().out
+    assert run(chain, name, "--ffn-lambda", "0.5") == 2
+    assert "ffn_lambda was 1.0 and is 0.5" in said(capsys)
+    # What it did write down is still compared.
+    change(chain / init / "model.safetensors")
+    assert run(chain, name) == (0 if older is with_no_contents else 2)
+    printed = "".join(capsys.readouterr())
+    if older is with_no_contents:
+        assert "finished before" in printed
+    else:
+        assert "contents of init/model.safetensors was " in printed
+
+
+def test_a_run_of_an_older_version_is_compacted(chain):
+    found = read(chain / "hybrid/run.json")
+    with_the_old_names(found)
+    with_weights_alone(found)
+    write_json(chain / "hybrid/run.json", found)
+    shutil.rmtree(chain / "small")
+    assert run(chain, "small") == 0
+    assert read(chain / "small/run.json")["settings"]["ffn_lambda"] == 1
+
+
+OF_OTHERS = {   # what is in run.json; what is said of it
+    "text": ("nothing", "run.json: not JSON"),
+    "a list": ("[1]", "run.json: a JSON object"),
+    "no settings": ("{}", "no run of ours"),
+    "settings that are a list": ('{"settings": [1]}', "no run of ours"),
+    "contents that are text": ('{"settings": {}, "contents": "x"}', "no run of ours"),
+    "a setting of another type": ('{"settings": {"seed": "x"}}', "run.json: seed cannot be 'x'"),
+    "a setting that is no choice": ('{"settings": {"preset": "x"}}', "preset cannot be 'x'"),
+    "unknown settings": ('{"settings": {"x": 1}}', "of another version, with a setting 'x'"),
+}
+
+
+@pytest.mark.parametrize("what", OF_OTHERS)
+def test_a_run_json_that_is_not_ours_is_refused(chain, capsys, what):
+    """By the run of that folder, and by the compaction of it."""
+    raw, message = OF_OTHERS[what]
+    (chain / "hybrid/run.json").write_text(raw, encoding="utf-8")
+    before = snapshot(chain)
+    for name in ("hybrid", "small"):
+        capsys.readouterr()
+        assert run(chain, name) == 2
+        assert message in said(capsys) and snapshot(chain) == before
+
+
+@pytest.mark.parametrize("name, folder", [("teacher", "small"), ("small", "teacher")])
+def test_a_training_takes_no_compaction_for_its_own(chain, capsys, name, folder):
+    """Nor a compaction a training, even where nothing was made yet."""
+    for path in (chain / folder).iterdir():
+        if path.name != "run.json":
+            path.unlink()
+    before = snapshot(chain)
+    capsys.readouterr()
+    program, arguments = commands(chain)[name]
+    # The compacted run is as it was scored, but its compaction goes elsewhere.
+    assert program.main([*arguments, "--out", f"{chain}/{folder}"]) == 2
+    assert f"{folder} is there, and no run of ours" in said(capsys) and snapshot(chain) == before
+
+
+# ----------------------------------------------------------------------- one process holds a folder
+
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_a_folder_at_work_is_refused(chain, capsys, name):
+    """To a training, to a compaction, and to the table, which writes to results.json."""
+    asked = [name, "table"]
+    if name == "hybrid":
+        asked = [name]      # it is not in the table
+    capsys.readouterr()
+    with ts.held(chain / name):
+        half = chain / name / "results.json.77.tmp"
+        half.write_text("of the one at work", encoding="utf-8")
+        for command in asked:
+            assert run(chain, command) == 2
+            assert f"{name}: another process is at work in it" in said(capsys) and half.exists()
+    assert run(chain, name) == 0 and not list(chain.rglob("*.tmp"))
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def kill_at(monkeypatch, number):
+    """Stop before the `number`th renaming from now, and leave what a SIGKILL leaves there."""
+    renamed = []
+
+    def replace(temporary, path, rename=os.replace):
+        if len(renamed) == number:
+            raise Killed
+        renamed.append(path)
+        rename(temporary, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    # Nor is anything cleared up.
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("name, renamings", [("small", 10), ("table", 4)])
+def test_a_compaction_or_table_killed_before_any_renaming_is_finished_by_the_same_command(
+        made, tmp_path, monkeypatch, name, renamings):
+    for number in range(renamings):
+        home = tmp_path / str(number)
+        shutil.copytree(made, home)
+        if name == "small":
+            shutil.rmtree(home / "small")
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            with pytest.raises(Killed):
+                run(home, name)
+        assert list(home.rglob("*.tmp"))
+        assert run(home, name) == 0
+        # The table itself is beside the folders.
+        assert not list(home.rglob("*/*.tmp"))
+        assert_same(home / "small", made / "small")
+
+
+def test_all_renamings_were_tried(chain, monkeypatch):
+    shutil.rmtree(chain / "small")
+    for name, renamings in (("small", 10), ("table", 4)):
+        with monkeypatch.context() as patch:
+            kill_at(patch, renamings)
+            assert run(chain, name) == 0
+
+
+def test_a_compaction_into_one_of_another_run_is_refused_also_half_way(chain, capsys):
+    (chain / "small/results.json").unlink()
+    before = snapshot(chain)
+    capsys.readouterr()
+    arguments = [f"{chain}/teacher", "--data", f"{chain}/data", "--out", f"{chain}/small"]
+    assert compact.main(arguments) == 2
+    assert "small holds a run of other settings: " in said(capsys) and snapshot(chain) == before
+
+
+def test_where_there_is_no_fcntl_there_is_no_lock(home, tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with ts.held(tmp_path / "run"):
+        assert run(home, "teacher", "--out", f"{tmp_path}/run") == 0
+
+
+# ---------------------------------------------------------- what is on disk is checked when it is read
+
+
+def places_in_zip(path):
+    """Where its local headers, its data and its central directory are, byte for byte."""
+    headers = []
+    data = []
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            # A local header is 30 bytes, of which the last four are the lengths of two more fields.
+            begin = entry.header_offset
+            fixed = path.read_bytes()[begin:begin + 30]
+            lengths = int.from_bytes(fixed[26:28], "little") + int.from_bytes(fixed[28:], "little")
+            end = begin + 30 + lengths
+            headers += range(begin, end)
+            data += range(end, end + entry.file_size)
+        directory = range(archive.start_dir, path.stat().st_size)
+    return {"local headers": headers, "data": data, "central directory": directory}
+
+
+@pytest.mark.parametrize("part", ["local headers", "data", "central directory"])
+def test_a_flipped_bit_in_a_checkpoint_is_seen_or_changes_nothing(made, tmp_path, part):
+    """Some bits of a zip are read by nobody: dates, padding."""
+    whole = made / "teacher/checkpoint.pt"
+    raw = whole.read_bytes()
+    expected = torch.load(whole, weights_only=True)
+    places = places_in_zip(whole)[part]
+    config = ts.settle(ts.Config(device="cpu", data=str(made / "data")))
+    model = load_model(made / "bert")
+    optimizer = ts.prepare(model, config)
+    path = tmp_path / "checkpoint.pt"
+    rng = random.Random(part)
+    refused = 0
+    for _ in range(FLIPS):
+        place = rng.choice(places)
+        flipped = bytearray(raw)
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            step, seconds = ts.restore(path, model, optimizer, "cpu", 99)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: damaged, or of another model: ")
+            refused += 1
+            continue
+        assert (step, seconds) == (expected["step"], expected["seconds"])
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected["model"][name])
+    assert refused > 0
+    if part == "data":
+        assert refused == FLIPS
+
+
+OTHER_VALUES = [("step", "x"), ("step", True), ("step", 1.0), ("step", -1), ("step", 10 ** 9),
+                ("step", None), ("seconds", "x"), ("seconds", None), ("seconds", math.nan),
+                ("seconds", -1.0), ("model", {}), ("model", 3), ("optimizer", {}),
+                ("optimizer", "x"), ("random_states", {}), ("random_states", {"cpu": "x"})]
+
+
+@pytest.mark.parametrize("key, value", OTHER_VALUES)
+def test_a_checkpoint_with_other_values_is_refused(chain, capsys, key, value):
+    (chain / "teacher/results.json").unlink()
+    path = chain / "teacher/checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state[key] = value
+    torch.save(state, path)
+    before = snapshot(chain)
+    capsys.readouterr()
+    assert run(chain, "teacher") == 2
+    assert "teacher/checkpoint.pt: damaged, or of another model" in said(capsys)
+    assert snapshot(chain) == before
+
+
+@pytest.mark.parametrize("line", ["x", "[1]", '{"loss": 1}', '{"step": "x"}', "\xff"])
+def test_a_broken_log_is_named(chain, capsys, line):
+    (chain / "teacher/results.json").unlink()
+    path = chain / "teacher/log.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = line.encode("latin-1") + b"\n"
+    path.write_bytes(b"".join(lines))
+    before = snapshot(chain)
+    capsys.readouterr()
+    assert run(chain, "teacher") == 2
+    assert "teacher/log.jsonl: not the log of a run: " in said(capsys) and snapshot(chain) == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pruning.safetensors", "config.json",
+                                  "vocab.txt", "results.json", "no results.json"])
+def test_a_run_that_is_not_as_it_was_scored_is_not_compacted(chain, capsys, file):
+    shutil.rmtree(chain / "small")
+    if file == "results.json":
+        (chain / "hybrid" / file).write_text("{}", encoding="utf-8")
+    elif file == "no results.json":
+        (chain / "hybrid/results.json").unlink()
+    else:
+        change(chain / "hybrid" / file)
+    capsys.readouterr()
+    assert run(chain, "small") == 2
+    assert "hybrid/results.json is missing or not of the weights beside it" in said(capsys)
+    assert not (chain / "small").exists()
+    # The same command as before scores again what it has made.
+    assert run(chain, "hybrid") == 0 and run(chain, "small") == 0
+
+
+OF_AN_OLDER_VERSION = {
+    "no weights_sha256": lambda results: results.pop("weights_sha256"),
+    "no f1": lambda results: results.pop("f1"),
+    "no data": lambda results: results.pop("data"),
+    "data by its name": lambda results: results.update(data="squad"),
+    "data without a sha256": lambda results: results["data"].pop("sha256"),
+}
+
+
+@pytest.mark.parametrize("what", [*OF_AN_OLDER_VERSION, "not JSON"])
+def test_a_table_of_results_of_an_older_version_is_refused(chain, capsys, what):
+    path = chain / "small/results.json"
+    if what == "not JSON":
+        path.write_text("{", encoding="utf-8")
+    else:
+        results = read(path)
+        OF_AN_OLDER_VERSION[what](results)
+        write_json(path, results)
+    before = snapshot(chain)
+    capsys.readouterr()
+    assert run(chain, "table") == 2
+    assert "small/results.json is missing or not of the weights beside it" in said(capsys)
+    assert snapshot(chain) == before
+
+
 # ---------------------------------------------------------------- questions and predictions of others
 
 
