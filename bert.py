@@ -21,6 +21,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import tokenizers
 import torch
@@ -236,13 +237,14 @@ def replacing(path: Path):
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
+        # At every moment the path has its old content or its new one, whole.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, *needs: str) -> dict:
-    """The object in a JSON file. Raises ValueError if it is none or lacks one of the keys `needs`."""
+    """The object in a JSON file. Raises ValueError if it is none, or lacks a key of `needs`."""
     try:
         values = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:   # ValueError covers bytes that are no text
@@ -275,41 +277,53 @@ DTYPES = {
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file. Raises ValueError where it is cut off or its header is not true.
+    """All tensors of a file. Raises ValueError where it is cut off, or its header is not true.
 
     Nothing is believed before it is checked, so nothing is allocated on the header's word.
     """
     size = os.path.getsize(path)
-    tensors = {}
     with open(path, "rb") as file:
         try:
-            # A header that is longer than the file is refused before it is read.
+            # A header that is longer than the file, or than any real one, is not read.
             header_size = int.from_bytes(file.read(8), "little")
             data_size = size - 8 - header_size
             if data_size < 0:
                 raise ValueError("it is cut off")
+            if header_size > 100_000_000:
+                raise ValueError(f"its header has {header_size} bytes, more than 100 MB")
             header = json.loads(file.read(header_size))
             header.pop("__metadata__", None)
-            # In the order of their data, each tensor begins where the one before it ends.
-            end = 0
-            for name, row in sorted(header.items(), key=_data_offsets):
-                dtype = DTYPES[row["dtype"]]
-                shape = row["shape"]
-                for n in shape:
-                    if type(n) is not int or n < 0:
-                        raise ValueError(f"the shape of {name} is {shape}")
-                begin = end
-                end = begin + math.prod(shape) * dtype.itemsize
-                if row["data_offsets"] != [begin, end]:
-                    raise ValueError(f"{name} does not fill the bytes from {begin} to {end}")
-                if end > data_size:
-                    raise ValueError(f"{name} ends after the file")
-                tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
-                file.readinto(_bytes_of(tensors[name]))
-            if end != data_size:
-                raise ValueError(f"{data_size} bytes of data where the header promises {end}")
+            unknown = [row["dtype"] for row in header.values() if row["dtype"] not in DTYPES]
+            if not unknown:
+                tensors = _read_data(file, header, data_size)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: not a sound safetensors file: {error!r}") from None
+    if unknown:
+        raise ValueError(f"{path}: data of type {unknown[0]!r}, which is not one of {list(DTYPES)}")
+    return tensors
+
+
+def _read_data(file: BinaryIO, header: dict, data_size: int) -> dict[str, Tensor]:
+    """The tensors, from where the file stands. In its order each begins where the last one ends."""
+    tensors = {}
+    end = 0
+    for name, row in sorted(header.items(), key=_data_offsets):
+        dtype = DTYPES[row["dtype"]]
+        shape = row["shape"]
+        for n in shape:
+            if type(n) is not int or n < 0:
+                raise ValueError(f"the shape of {name} is {shape}")
+        begin = end
+        end = begin + math.prod(shape) * dtype.itemsize
+        if row["data_offsets"] != [begin, end]:
+            raise ValueError(f"{name} does not fill the bytes from {begin} to {end}")
+        if end > data_size:
+            raise ValueError(f"{name} ends after the file")
+        # The file has these bytes, and they are no other tensor's: only now they get memory.
+        tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
+        file.readinto(_bytes_of(tensors[name]))
+    if end != data_size:
+        raise ValueError(f"{data_size} bytes of data where the header promises {end}")
     return tensors
 
 
@@ -335,7 +349,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _data_offsets(item: tuple[str, dict]) -> list[int]:
-    name, row = item
+    _, row = item
     return row["data_offsets"]
 
 
@@ -361,8 +375,20 @@ HF_NAMES = {    # a module here: its name there, after "bert."; {} is the number
     "bert.layers.{}.ffn_norm": "encoder.layer.{}.output.LayerNorm",
     "qa_outputs": "qa_outputs",
 }
-# Parts of other BERTs that we do not have.
-IGNORED = ("embeddings.position_ids", "pooler.", "cls.")
+# Parts of other BERTs that we do not have, and two buffers that are no weights.
+IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.", "cls.")
+
+# Activations that HF has under two names.
+ALIASES = {"gelu_python": "gelu", "swish": "silu"}
+
+# Keys of HF's config.json that change what a BERT computes, and the one value that is built here.
+ONLY = {
+    "model_type": "bert",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+}
 
 
 def hf_tensors(model: BertForQuestionAnswering) -> dict[str, Tensor]:
@@ -391,14 +417,18 @@ def load_config(folder: str | Path) -> BertConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no model folder (it has no config.json)")
     values = read_json(path)
-    if values.get("model_type", "bert") != "bert":
-        raise ValueError(f"{path}: not a BERT, model_type is {values['model_type']!r}")
-    if values.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"{path}: not a BERT with absolute positions")
+    for key, only in ONLY.items():
+        value = values.get(key)
+        if value is not None and value != only:
+            raise ValueError(f"{path}: not a BERT as it is built here: "
+                             f"{key} is {value!r}, not {only!r}")
     # Other keys have BERT's own value where they are not given. These say which BERT it is.
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         if key not in values:
             raise ValueError(f"{path}: {key} missing")
+    for alias, name in ALIASES.items():
+        if values.get("hidden_act") == alias:
+            values["hidden_act"] = name
     # A folder from the hub says it of the tokenizer, ours of the model.
     tokenizer_path = Path(folder, "tokenizer_config.json")
     if "do_lower_case" not in values and tokenizer_path.is_file():
@@ -437,10 +467,12 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
     Raises FileNotFoundError for no model, and ValueError, with its name, for a tensor that is
     missing, unknown or of another shape.
     """
-    model = BertForQuestionAnswering(load_config(folder))
+    config = load_config(folder)
     path = _weights_path(folder)
     saved = _read_weights(path)
-    wanted = hf_tensors(model)
+    # The shapes first, without memory behind them: config.json may say anything.
+    with torch.device("meta"):
+        wanted = hf_tensors(BertForQuestionAnswering(config))
 
     # Names on one side only: there may be none, but for those with a reason.
     fresh = sorted(wanted.keys() - saved.keys())
@@ -448,12 +480,12 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
     if fresh_head:
         missing = [name for name in fresh if not name.startswith("qa_outputs.")]
     if missing:
-        raise ValueError(f"{path}: {len(missing)} tensors missing: {', '.join(missing[:4])}")
+        raise ValueError(f"{path}: {len(missing)} tensors missing: {_listed(missing[:4])}")
     others = sorted(saved.keys() - wanted.keys())
     ignored = [name for name in others if name.startswith(IGNORED)]
     unknown = [name for name in others if not name.startswith(IGNORED)]
     if unknown:
-        raise ValueError(f"{path}: {len(unknown)} tensors not known here: {', '.join(unknown[:4])}")
+        raise ValueError(f"{path}: {len(unknown)} tensors not known here: {_listed(unknown[:4])}")
 
     # Names on both sides: they must have the same shape.
     for name, tensor in wanted.items():
@@ -462,16 +494,30 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
         if saved[name].shape != tensor.shape:
             raise ValueError(f"{path}: {name} is {list(saved[name].shape)}, "
                              f"by config.json {list(tensor.shape)}")
-        tensor.data.copy_(saved[name])      # into the model's own type and memory
+        if not saved[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite")
 
+    # The weights are what config.json says: now the model, with memory.
+    model = BertForQuestionAnswering(config)
+    for name, tensor in hf_tensors(model).items():
+        if name in saved:
+            tensor.data.copy_(saved[name])      # into the model's own type and memory
     # A head that is not in the file is no secret.
     if fresh or ignored:
         print(f"{path}: {len(wanted) - len(fresh)} tensors loaded; "
-              f"fresh: {', '.join(fresh) or 'none'}; ignored: {', '.join(ignored) or 'none'}")
+              f"fresh: {_listed(fresh)}; ignored: {_listed(ignored)}")
     return model
 
 
+def _listed(names: list[str]) -> str:
+    """Names from a file for a line of text: by repr, so that they cannot colour or forge one."""
+    if not names:
+        return "none"
+    return ", ".join(repr(name) for name in names)
+
+
 def _weights_path(folder: str | Path) -> Path:
+    """The file with the weights, or FileNotFoundError."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if Path(folder, name).is_file():
             return Path(folder, name)
@@ -497,6 +543,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         # Files from before 2019 call them as TensorFlow does.
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if name in tensors:
+            raise ValueError(f"{path}: two tensors for {name!r}")
         tensors[name] = tensor.detach()
     return tensors
 
@@ -551,10 +599,19 @@ def _check_numbers(config: BertConfig) -> None:
         kind = type(value)
         if field.type is int and (kind is not int or value < 1):
             raise ValueError(f"config: {field.name} is {value!r}, not a whole number from 1 on")
+        # So that the size of no tensor, which is a product of two of them, overflows.
+        if field.type is int and value > 10 ** 9:
+            raise ValueError(f"config: {field.name} is {value!r}, more than any BERT has")
         if field.type is float and (kind not in (int, float) or not 0 <= value <= 1):
             raise ValueError(f"config: {field.name} is {value!r}, not a number from 0 to 1")
         if field.type is bool and kind is not bool:
             raise ValueError(f"config: {field.name} is {value!r}, not true or false")
+    # Here, since lists as long as this are made before any weights are seen.
+    if config.num_hidden_layers > 100:
+        raise ValueError(f"config: num_hidden_layers is {config.num_hidden_layers}, more than any "
+                         f"BERT has")
+    if config.type_vocab_size < 2:
+        raise ValueError("config: type_vocab_size is 1: question and passage need a type each")
     if config.hidden_act not in list(ACTIVATIONS):
         raise ValueError(f"config: hidden_act is {config.hidden_act!r}, "
                          f"not one of {list(ACTIVATIONS)}")

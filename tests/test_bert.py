@@ -1,6 +1,6 @@
 """bert.py beside `transformers` (stored and live), beside naive code, and before broken files.
 
-Only the two tests named `live` need transformers or safetensors, and skip themselves without.
+Only the tests named `live` need transformers or safetensors, and skip themselves without.
 """
 import json
 import math
@@ -29,7 +29,7 @@ END = torch.tensor(STORED["end_logits"])
 INPUTS = (IDS, TYPES, MASK)
 REAL = MASK.bool()      # logits at padding mean nothing
 
-# All different, so that no axis can stand in for another: B 6, T 11, E 12, H 3, D 4, F 20, layers 2.
+# All different, so that no axis stands in for another: B 6, T 11, E 12, H 3, D 4, F 20, layers 2.
 TINY = dict(vocab_size=29, hidden_size=12, num_attention_heads=3, num_hidden_layers=2,
             intermediate_size=20, max_position_embeddings=17, type_vocab_size=5)
 UNEVEN = dict(heads=[0, 2], ffn=[5, 0])
@@ -95,6 +95,8 @@ def test_golden(dtype, atol):
     ("BertForQuestionAnswering", "gelu", {}),
     ("BertForQuestionAnswering", "relu", {}),
     ("BertForQuestionAnswering", "gelu_new", {}),
+    ("BertForQuestionAnswering", "gelu_python", {}),
+    ("BertForQuestionAnswering", "swish", {}),
     ("BertForPreTraining", "gelu", {}),
     ("BertModel", "gelu", {}),
     ("BertModel", "gelu", {"add_pooling_layer": False}),
@@ -246,10 +248,10 @@ IMPOSSIBLE = {      # `...`: the key is missing
     "heads": [[2], [1, 2, 3], [4, 1], [-1, 2], [1.0, 2], [True, 2], 3],
     "ffn": [[5], [21, 5], [5, -1], ["5", 5]],
     "hidden_size": [..., 13, "12"],
-    "num_hidden_layers": [..., 0],
+    "num_hidden_layers": [..., 0, 101, 10 ** 6, 10 ** 18],
     "num_attention_heads": [..., -3],
-    "vocab_size": [..., 29.0],
-    "type_vocab_size": [True],
+    "vocab_size": [..., 29.0, 10 ** 18],
+    "type_vocab_size": [True, 1],       # 1: question and passage could not be told apart
     "intermediate_size": ["20"],
     "max_position_embeddings": [None],
     "hidden_act": ["tanh", None],
@@ -271,6 +273,12 @@ def test_config_refused(folder, key, value):
         load_model(folder)
 
 
+@pytest.mark.parametrize("alias, name", [("gelu_python", "gelu"), ("swish", "silu")])
+def test_activations_under_another_name(folder, alias, name):
+    change_json(folder / "config.json", {"hidden_act": alias})
+    close(load_model(folder).eval()(*INPUTS), tiny(hidden_act=name)(*INPUTS))
+
+
 @pytest.mark.parametrize("text", ["[]", "\0", '{"model_type": "bert"'])
 def test_config_that_is_no_object(folder, text):
     (folder / "config.json").write_text(text)
@@ -278,11 +286,79 @@ def test_config_that_is_no_object(folder, text):
         load_model(folder)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("model_type", "roberta"), ("position_embedding_type", "relative_key")])
-def test_not_a_bert(folder, key, value):
+@pytest.mark.parametrize("key, value, harmless", [
+    ("model_type", "roberta", "bert"),
+    ("position_embedding_type", "relative_key", "absolute"),
+    ("is_decoder", True, False),
+    ("add_cross_attention", True, False),
+    ("pruned_heads", {"0": [1]}, {}),
+])
+def test_another_function_than_berts(folder, key, value, harmless):
+    change_json(folder / "config.json", {key: harmless, "chunk_size_feed_forward": 3})
+    close(load_model(folder).state_dict(), tiny().state_dict())
     change_json(folder / "config.json", {key: value})
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match=f"config.json: .*{key}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("vocab_size", 10 ** 8),
+    ("vocab_size", 10 ** 9),
+    ("hidden_size", 3 * 10 ** 8),
+    ("intermediate_size", 10 ** 9),
+    ("max_position_embeddings", 10 ** 9),
+    ("type_vocab_size", 10 ** 9),
+    ("num_hidden_layers", 100),
+    ("num_attention_heads", 1),     # of no matter to the shapes: it loads
+])
+def test_a_config_is_believed_only_as_far_as_the_weights_agree(folder, monkeypatch, key, value):
+    """Nothing is allocated on its word, as it would be here before a weight is drawn."""
+    normal = nn.init.normal_
+
+    def draw(tensor, *args, **options):
+        assert tensor.is_meta or tensor.shape.numel() <= 29 * 12, f"{tensor.shape} are allocated"
+        return normal(tensor, *args, **options)
+
+    monkeypatch.setattr(nn.init, "normal_", draw)
+    change_json(folder / "config.json", {key: value})
+    if key == "num_attention_heads":
+        load_model(folder)
+    else:
+        with pytest.raises(ValueError, match="model.safetensors: .*(by config.json|missing)"):
+            load_model(folder)
+
+
+RED = "\x1b[31mred\n\u202eF1 99.9"       # colours a terminal, forges a line, turns the text around
+
+
+@pytest.mark.parametrize("changes", [
+    {RED: torch.ones(2)},                                           # not known
+    {f"pooler.{RED}": torch.ones(2), "qa_outputs.bias": ...},       # ignored, and printed
+])
+def test_names_from_files_are_printed_as_they_are_spelled(folder, capsys, changes):
+    change_weights(folder, changes)
+    said = ""
+    try:
+        load_model(folder, fresh_head=True)
+    except ValueError as error:
+        said = str(error)
+    said += capsys.readouterr().out.removesuffix("\n")
+    assert "red" in said and said.isprintable()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(folder, value):
+    name = "bert.encoder.layer.1.attention.output.dense.bias"
+    bias = torch.zeros(12)
+    bias[5] = value
+    change_weights(folder, {name: bias})
+    with pytest.raises(ValueError, match=f"{name.removeprefix('bert.')}.* finite"):
+        load_model(folder)
+
+
+def test_two_names_for_one_tensor(folder):
+    change_weights(folder, {"bert.embeddings.LayerNorm.gamma": torch.ones(12)})
+    with pytest.raises(ValueError, match="embeddings.LayerNorm.weight"):
         load_model(folder)
 
 
@@ -326,13 +402,14 @@ def test_fresh_head_and_ignored_tensors(folder, capsys):
         "bert.pooler.dense.weight": torch.ones(12, 12),
         "cls.predictions.bias": torch.ones(29),
         "bert.embeddings.position_ids": torch.arange(17)[None],
+        "bert.embeddings.token_type_ids": torch.zeros(1, 17, dtype=torch.int64),
     })
     with pytest.raises(ValueError, match="qa_outputs.bias"):
         load_model(folder)
     model = load_model(folder, fresh_head=True)
     report = capsys.readouterr().out
     for word in ("37 tensors", "qa_outputs.weight", "pooler.dense.weight", "predictions.bias",
-                 "position_ids"):
+                 "position_ids", "embeddings.token_type_ids"):
         assert word in report, word
     close(model.bert.state_dict(), tiny().bert.state_dict())
     assert not model.qa_outputs.bias.any()
@@ -516,6 +593,27 @@ def test_true_safetensors_are_read(tmp_path):
     (tmp_path / "true").write_bytes(TRUE)
     tensors = read_safetensors(tmp_path / "true")
     assert tensors["a"].shape == (2,) and tensors["b"].shape == (1,)
+
+
+@pytest.mark.parametrize("dtype", ["F31", "F8_E4M3", "I8", RED])
+def test_an_unknown_type_is_named(tmp_path, dtype):
+    (tmp_path / "file").write_bytes(file_of(header(b=dict(dtype=dtype))))
+    with pytest.raises(ValueError) as error:
+        read_safetensors(tmp_path / "file")
+    assert repr(dtype) in str(error.value) and "not a sound" not in str(error.value)
+
+
+def test_a_header_over_100_mb_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes((10 ** 8 + 1).to_bytes(8, "little"))
+    os.truncate(path, 10 ** 8 + 1000)       # a hole: it takes no space
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="header"):
+            read_safetensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("lie", LIES)
