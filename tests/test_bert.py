@@ -1,6 +1,6 @@
 """bert.py beside `transformers` (stored and live), beside naive code, and before broken files.
 
-Only the two tests named `live` need transformers or safetensors, and skip themselves without.
+Only the tests named `live` need transformers or safetensors, and skip themselves without.
 """
 import json
 import math
@@ -18,12 +18,18 @@ from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, load_model,
                   save_model, write_safetensors)
 from blockprune import mask_dimensions, mask_weight, set_threshold
 
+# Inputs for a tiny model, and what transformers made of them.
 GOLDEN = Path(__file__).parent / "golden"
-GOLD = {key: torch.tensor(rows) for key, rows in json.loads((GOLDEN / "logits.json").read_text()).items()}
-INPUTS = IDS, TYPES, MASK = GOLD["input_ids"], GOLD["token_type_ids"], GOLD["attention_mask"]
-REAL = MASK.bool()
+STORED = json.loads((GOLDEN / "logits.json").read_text())
+IDS = torch.tensor(STORED["input_ids"])
+TYPES = torch.tensor(STORED["token_type_ids"])
+MASK = torch.tensor(STORED["attention_mask"])
+START = torch.tensor(STORED["start_logits"])
+END = torch.tensor(STORED["end_logits"])
+INPUTS = (IDS, TYPES, MASK)
+REAL = MASK.bool()      # logits at padding mean nothing
 
-# All different, so that no axis can stand in for another: B 6, T 11, E 12, H 3, D 4, F 20, layers 2.
+# All different, so that no axis stands in for another: B 6, T 11, E 12, H 3, D 4, F 20, layers 2.
 TINY = dict(vocab_size=29, hidden_size=12, num_attention_heads=3, num_hidden_layers=2,
             intermediate_size=20, max_position_embeddings=17, type_vocab_size=5)
 UNEVEN = dict(heads=[0, 2], ffn=[5, 0])
@@ -32,17 +38,21 @@ UNEVEN = dict(heads=[0, 2], ffn=[5, 0])
 def scramble(model: nn.Module):
     """In eval mode; every parameter random, gains and biases too, and large enough to be seen."""
     torch.manual_seed(1)
-    for name, p in model.eval().named_parameters():
-        nn.init.normal_(p, mean=1.0 if name.lower().endswith("norm.weight") else 0.0, std=0.5)
+    model.eval()
+    for name, parameter in model.named_parameters():
+        mean = 0.0
+        if name.lower().endswith("norm.weight"):
+            mean = 1.0
+        nn.init.normal_(parameter, mean=mean, std=0.5)
     return model
 
 
 def tiny(**changes) -> BertForQuestionAnswering:
-    return scramble(BertForQuestionAnswering(BertConfig(**{**TINY, **changes})))
+    return scramble(BertForQuestionAnswering(BertConfig(**(TINY | changes))))
 
 
 def close(ours, theirs, atol=0.0):
-    """Of tensors, or of tuples or dicts of them. Without atol: the same names, types, shapes and values."""
+    """Tensors, or tuples or dicts of them. Without atol: of the same types and exactly the same."""
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=0, check_dtype=atol == 0)
 
 
@@ -53,11 +63,19 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def change(path: Path, changes: dict):
-    """Set entries of a .json or .safetensors file, and take out those that are `...`."""
-    values = json.loads(path.read_text()) if path.suffix == ".json" else read_safetensors(path)
-    values = {key: value for key, value in {**values, **changes}.items() if value is not ...}
-    path.write_text(json.dumps(values)) if path.suffix == ".json" else write_safetensors(values, path)
+def changed(values: dict, changes: dict) -> dict:
+    """The values with the changes, and without the entries that the changes call `...`."""
+    values = values | changes
+    return {key: value for key, value in values.items() if value is not ...}
+
+
+def change_json(path: Path, changes: dict):
+    path.write_text(json.dumps(changed(json.loads(path.read_text()), changes)))
+
+
+def change_weights(folder: Path, changes: dict):
+    path = folder / "model.safetensors"
+    write_safetensors(changed(read_safetensors(path), changes), path)
 
 
 # ------------------------------------------------------------------------ parity with transformers
@@ -66,31 +84,50 @@ def change(path: Path, changes: dict):
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-6)])
 def test_golden(dtype, atol):
     for name, tensor in read_safetensors(GOLDEN / "model.safetensors").items():
-        assert tensor.std() > 0, name  # no gain is all ones and no bias all zeros
-    for logits, key in zip(load_model(GOLDEN).to(dtype).eval()(*INPUTS), ("start_logits", "end_logits")):
-        close(logits[REAL], GOLD[key][REAL], atol)
+        assert tensor.std() > 0, name       # no gain is all ones and no bias all zeros
+    model = load_model(GOLDEN).to(dtype).eval()
+    start, end = model(*INPUTS)
+    close(start[REAL], START[REAL], atol)
+    close(end[REAL], END[REAL], atol)
 
 
 @pytest.mark.parametrize("kind, act, options", [
-    ("BertForQuestionAnswering", "gelu", {}), ("BertForQuestionAnswering", "relu", {}),
-    ("BertForQuestionAnswering", "gelu_new", {}), ("BertForPreTraining", "gelu", {}),
-    ("BertModel", "gelu", {}), ("BertModel", "gelu", {"add_pooling_layer": False})])
+    ("BertForQuestionAnswering", "gelu", {}),
+    ("BertForQuestionAnswering", "relu", {}),
+    ("BertForQuestionAnswering", "gelu_new", {}),
+    ("BertForQuestionAnswering", "gelu_python", {}),
+    ("BertForQuestionAnswering", "swish", {}),
+    ("BertForPreTraining", "gelu", {}),
+    ("BertModel", "gelu", {}),
+    ("BertModel", "gelu", {"add_pooling_layer": False}),
+])
 def test_live_parity_both_ways(tmp_path, kind, act, options):
     """Their folder → our model → our folder → their model."""
     transformers = pytest.importorskip("transformers")
-    theirs = scramble(getattr(transformers, kind)(transformers.BertConfig(**TINY, hidden_act=act), **options))
+    theirs_has_head = kind == "BertForQuestionAnswering"
+    config = transformers.BertConfig(**TINY, hidden_act=act)
+    theirs = scramble(getattr(transformers, kind)(config, **options))
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_model(tmp_path / "theirs", fresh_head=kind != "BertForQuestionAnswering").eval()
+    ours = load_model(tmp_path / "theirs", fresh_head=not theirs_has_head).eval()
     save_model(ours, tmp_path / "ours")
-    again, info = transformers.BertForQuestionAnswering.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(info.values())  # nothing missing, unexpected or of another shape
-    named = dict(zip(("input_ids", "token_type_ids", "attention_mask"), INPUTS))
+    again, info = transformers.BertForQuestionAnswering.from_pretrained(
+        tmp_path / "ours", output_loading_info=True)
+    again.eval()
+    assert not any(info.values())       # nothing missing, unexpected or of another shape
+
+    named = dict(input_ids=IDS, token_type_ids=TYPES, attention_mask=MASK)
     for dtype, atol in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-        hidden, start, end = ours.to(dtype).bert(*INPUTS), *ours(*INPUTS)
-        close(hidden[REAL], theirs.to(dtype).base_model(**named).last_hidden_state[REAL], atol)
-        for qa in [again.eval().to(dtype)] + [theirs] * (kind == "BertForQuestionAnswering"):
-            expected = qa(**named)
-            close((start[REAL], end[REAL]), (expected.start_logits[REAL], expected.end_logits[REAL]), atol)
+        hidden = ours.to(dtype).bert(*INPUTS)
+        expected_hidden = theirs.to(dtype).base_model(**named).last_hidden_state
+        close(hidden[REAL], expected_hidden[REAL], atol)
+        start, end = ours(*INPUTS)
+        with_head = [again.to(dtype)]
+        if theirs_has_head:
+            with_head.append(theirs)
+        for model in with_head:
+            expected = model(**named)
+            close(start[REAL], expected.start_logits[REAL], atol)
+            close(end[REAL], expected.end_logits[REAL], atol)
 
 
 # ----------------------------------------------------------------------------- the model by itself
@@ -98,23 +135,37 @@ def test_live_parity_both_ways(tmp_path, kind, act, options):
 
 @torch.no_grad()
 def test_attention_is_the_naive_one():
-    attention, x = tiny(heads=[2, 3]).double().bert.layers[0].attention, torch.randn(6, 11, 12).double()
-    q, k, v, rows = attention.query(x), attention.key(x), attention.value(x), torch.zeros(6, 11, 8).double()
-    for real in (MASK, torch.ones_like(MASK)):
+    """softmax(Q Kᵀ / √D) V, one row of the batch and one head after the other."""
+    attention = tiny(heads=[2, 3]).double().bert.layers[0].attention
+    x = torch.randn(6, 11, 12).double()
+    q = attention.query(x)
+    k = attention.key(x)
+    v = attention.value(x)
+    for mask in (MASK, torch.ones_like(MASK)):
+        expected = torch.zeros(6, 11, 8).double()
         for b in range(6):
-            for h in (slice(0, 4), slice(4, 8)):  # softmax(Q Kᵀ / √D) V, one row and head after the other
-                weights = (q[b, :, h] @ k[b, :, h].T / 2).exp() * real[b]
-                rows[b, :, h] = weights / weights.sum(1, keepdim=True) @ v[b, :, h]
-        close(attention(x, real.bool()[:, None, None]), attention.out(rows), 1e-12)
-    close(attention(x, None), attention.out(rows), 1e-12)
+            for head in (slice(0, 4), slice(4, 8)):
+                scores = q[b, :, head] @ k[b, :, head].T / math.sqrt(4)
+                weights = scores.exp() * mask[b]
+                weights = weights / weights.sum(1, keepdim=True)
+                expected[b, :, head] = weights @ v[b, :, head]
+        close(attention(x, mask.bool()[:, None, None]), attention.out(expected), 1e-12)
+    # The last mask was all ones, which is what None stands for.
+    close(attention(x, None), attention.out(expected), 1e-12)
 
 
 def test_activations():
     x = torch.linspace(-9, 9, 101, dtype=torch.float64)
-    gelu_new = x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
-    for name, y in {"gelu": x / 2 * (1 + torch.erf(x / math.sqrt(2))), "relu": x * (x > 0), "gelu_new": gelu_new,
-                    "gelu_pytorch_tanh": gelu_new, "silu": x / (1 + torch.exp(-x))}.items():
-        close(ACTIVATIONS[name](x), y, 1e-12)
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)
+    formulas = {
+        "gelu": x / 2 * (1 + torch.erf(x / math.sqrt(2))),
+        "relu": x * (x > 0),
+        "gelu_new": x / 2 * (1 + torch.tanh(inner)),
+        "gelu_pytorch_tanh": x / 2 * (1 + torch.tanh(inner)),
+        "silu": x / (1 + torch.exp(-x)),
+    }
+    for name, expected in formulas.items():
+        close(ACTIVATIONS[name](x), expected, 1e-12)
 
 
 @pytest.mark.parametrize("changes", [{}, UNEVEN])
@@ -122,16 +173,27 @@ def test_activations():
 def test_padding_changes_nothing(changes, dtype, atol):
     model = tiny(**changes).to(dtype)
     start, end = model(*INPUTS)
-    for b, n in enumerate(MASK.sum(1)):
-        close((start[b:b + 1, :n], end[b:b + 1, :n]), model(IDS[b:b + 1, :n], TYPES[b:b + 1, :n]), atol)
-    close(model(IDS), model(IDS, torch.zeros_like(IDS), torch.ones_like(IDS)), atol)  # the defaults
+    for b in range(len(IDS)):
+        length = MASK[b].sum()
+        alone = model(IDS[b, None, :length], TYPES[b, None, :length])
+        close((start[b, None, :length], end[b, None, :length]), alone, atol)
+
+
+@pytest.mark.parametrize("changes", [{}, UNEVEN])
+def test_defaults_are_one_text_without_padding(changes):
+    model = tiny(**changes).double()
+    close(model(IDS), model(IDS, torch.zeros_like(IDS), torch.ones_like(IDS)), 1e-10)
+    model = model.float()
+    close(model(IDS), model(IDS, torch.zeros_like(IDS), torch.ones_like(IDS)), 1e-5)
 
 
 def test_nothing_left_adds_the_bias():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch has one about empty matrices
-        layer, x = tiny(heads=[0, 2], ffn=[0, 7]).bert.layers[0], torch.randn(6, 11, 12)
-    assert [p.numel() for p in layer.attention.parameters()] == [0] * 7 + [12]  # the bias of `out`
+        warnings.simplefilter("error")      # torch has one about empty matrices
+        layer = tiny(heads=[0, 2], ffn=[0, 7]).bert.layers[0]
+    x = torch.randn(6, 11, 12)
+    # All that is left is the bias of the last linear.
+    assert [p.numel() for p in layer.attention.parameters()] == [0] * 7 + [12]
     assert [p.numel() for p in layer.ffn.parameters()] == [0] * 3 + [12]
     middle = layer.attention_norm(x + layer.attention.out.bias)
     close(layer(x, None), layer.ffn_norm(middle + layer.ffn.fc2.bias), 1e-6)
@@ -139,75 +201,178 @@ def test_nothing_left_adds_the_bias():
 
 def test_gradients_reach_every_parameter():
     model = tiny(**UNEVEN)
-    sum(logits[REAL].square().sum() for logits in model(*INPUTS)).backward()
-    for name, p in model.named_parameters():
-        if p.numel() and not name.endswith("key.bias"):  # that one shifts all scores of a query alike
-            assert p.grad.isfinite().all() and p.grad.any(), name
+    start, end = model(*INPUTS)
+    loss = start[REAL].square().sum() + end[REAL].square().sum()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        # The bias of a key shifts all scores of a query alike.
+        if parameter.numel() == 0 or name.endswith("key.bias"):
+            continue
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-def test_the_papers_headline_model():
-    pruned = BertConfig(heads=[4, 4, 6, 7, 7, 5, 6, 7, 5, 5, 5, 3],
-                        ffn=[552, 717, 795, 789, 833, 792, 620, 466, 283, 112, 96, 238])
-    for config, parameters, weights in ((pruned, 46_161_559, 22_248_960), (BertConfig(), 108_893_186, 84_934_656)):
-        with torch.device("meta"):
-            model = BertForQuestionAnswering(config)
-        linears = [module for module in model.bert.layers.modules() if isinstance(module, nn.Linear)]
-        assert sum(p.numel() for p in model.parameters()) == parameters
-        assert sum(module.weight.numel() for module in linears) == weights
+@pytest.mark.parametrize("changes, parameters, weights", [
+    ({}, 108_893_186, 84_934_656),
+    (dict(heads=[4, 4, 6, 7, 7, 5, 6, 7, 5, 5, 5, 3],
+          ffn=[552, 717, 795, 789, 833, 792, 620, 466, 283, 112, 96, 238]), 46_161_559, 22_248_960),
+])
+def test_the_papers_headline_model(changes, parameters, weights):
+    with torch.device("meta"):
+        model = BertForQuestionAnswering(BertConfig(**changes))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    linears = [module for module in model.bert.layers.modules() if isinstance(module, nn.Linear)]
+    assert sum(linear.weight.numel() for linear in linears) == weights
 
 
 @torch.no_grad()
 def test_dropout_only_in_training():
     x = torch.randn(6, 11, 12)
+    # Of all or of nothing, so that no luck is in it. In eval mode there is none.
     hidden = tiny(hidden_dropout_prob=1.0, attention_probs_dropout_prob=0.0)
     attention = tiny(attention_probs_dropout_prob=1.0).bert.layers[0].attention
     plain = tiny(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     close(hidden(*INPUTS), plain(*INPUTS))
     close(attention(x, None), plain.bert.layers[0].attention(x, None))
-    y = torch.zeros_like(x)  # all dropped: embeddings, attention and feed-forward add nothing ...
+    # In training embeddings, attention and feed-forward add nothing ...
+    expected = torch.zeros_like(x)
     for layer in hidden.bert.layers:
-        y = layer.ffn_norm(layer.attention_norm(y))
-    close(hidden.train().bert(*INPUTS), y, 1e-6)
-    close(attention.train()(x, None), attention.out.bias.expand_as(x), 1e-6)  # ... and no V gets through
+        expected = layer.ffn_norm(layer.attention_norm(expected))
+    close(hidden.train().bert(*INPUTS), expected, 1e-6)
+    # ... and no value gets through.
+    close(attention.train()(x, None), attention.out.bias.expand_as(x), 1e-6)
 
 
 # ------------------------------------------------------------------------------ loading and saving
 
-IMPOSSIBLE = {  # `...`: the key is missing
-    "heads": [[2], [1, 2, 3], [4, 1], [-1, 2], [1.0, 2], [True, 2], 3], "ffn": [[5], [21, 5], [5, -1], ["5", 5]],
-    "hidden_size": [..., 13, "12"], "num_hidden_layers": [..., 0], "num_attention_heads": [..., -3],
-    "vocab_size": [..., 29.0], "type_vocab_size": [True], "intermediate_size": ["20"],
-    "max_position_embeddings": [None], "hidden_act": ["tanh", None], "layer_norm_eps": ["1e-12"],
-    "hidden_dropout_prob": ["0.1", 1.5], "attention_probs_dropout_prob": [None, -0.5],
-    "initializer_range": [[]], "do_lower_case": ["false"]}
+IMPOSSIBLE = {      # `...`: the key is missing
+    "heads": [[2], [1, 2, 3], [4, 1], [-1, 2], [1.0, 2], [True, 2], 3],
+    "ffn": [[5], [21, 5], [5, -1], ["5", 5]],
+    "hidden_size": [..., 13, "12"],
+    "num_hidden_layers": [..., 0, 101, 10 ** 6, 10 ** 18],
+    "num_attention_heads": [..., -3],
+    "vocab_size": [..., 29.0, 10 ** 18],
+    "type_vocab_size": [True, 1],       # 1: question and passage could not be told apart
+    "intermediate_size": ["20"],
+    "max_position_embeddings": [None],
+    "hidden_act": ["tanh", None],
+    "layer_norm_eps": ["1e-12"],
+    "hidden_dropout_prob": ["0.1", 1.5],
+    "attention_probs_dropout_prob": [None, -0.5],
+    "initializer_range": [[]],
+    "do_lower_case": ["false"],
+}
+CASES = [(key, value) for key, values in IMPOSSIBLE.items() for value in values]
 
 
-@pytest.mark.parametrize("key, value", [(key, value) for key in IMPOSSIBLE for value in IMPOSSIBLE[key]])
+@pytest.mark.parametrize("key, value", CASES)
 def test_config_refused(folder, key, value):
     with pytest.raises(ValueError, match=key):
-        BertConfig(**{**TINY, key: value})
-    change(folder / "config.json", {key: value})
+        BertConfig(**(TINY | {key: value}))
+    change_json(folder / "config.json", {key: value})
     with pytest.raises(ValueError, match=key):
         load_model(folder)
 
 
-def test_not_a_bert_folder(folder):
-    config = (folder / "config.json").read_text()
-    for text in ("[]", "\0", config[:-9], config.replace('"model_type": "bert"', '"model_type": "roberta"'),
-                 config.replace("{", '{"position_embedding_type": "relative_key",')):
-        (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json"):
+@pytest.mark.parametrize("alias, name", [("gelu_python", "gelu"), ("swish", "silu")])
+def test_activations_under_another_name(folder, alias, name):
+    change_json(folder / "config.json", {"hidden_act": alias})
+    close(load_model(folder).eval()(*INPUTS), tiny(hidden_act=name)(*INPUTS))
+
+
+@pytest.mark.parametrize("text", ["[]", "\0", '{"model_type": "bert"'])
+def test_config_that_is_no_object(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("key, value, harmless", [
+    ("model_type", "roberta", "bert"),
+    ("position_embedding_type", "relative_key", "absolute"),
+    ("is_decoder", True, False),
+    ("add_cross_attention", True, False),
+    ("pruned_heads", {"0": [1]}, {}),
+])
+def test_another_function_than_berts(folder, key, value, harmless):
+    change_json(folder / "config.json", {key: harmless, "chunk_size_feed_forward": 3})
+    close(load_model(folder).state_dict(), tiny().state_dict())
+    change_json(folder / "config.json", {key: value})
+    with pytest.raises(ValueError, match=f"config.json: .*{key}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("vocab_size", 10 ** 8),
+    ("vocab_size", 10 ** 9),
+    ("hidden_size", 3 * 10 ** 8),
+    ("intermediate_size", 10 ** 9),
+    ("max_position_embeddings", 10 ** 9),
+    ("type_vocab_size", 10 ** 9),
+    ("num_hidden_layers", 100),
+    ("num_attention_heads", 1),     # of no matter to the shapes: it loads
+])
+def test_a_config_is_believed_only_as_far_as_the_weights_agree(folder, monkeypatch, key, value):
+    """Nothing is allocated on its word, as it would be here before a weight is drawn."""
+    normal = nn.init.normal_
+
+    def draw(tensor, *args, **options):
+        assert tensor.is_meta or tensor.shape.numel() <= 29 * 12, f"{tensor.shape} are allocated"
+        return normal(tensor, *args, **options)
+
+    monkeypatch.setattr(nn.init, "normal_", draw)
+    change_json(folder / "config.json", {key: value})
+    if key == "num_attention_heads":
+        load_model(folder)
+    else:
+        with pytest.raises(ValueError, match="model.safetensors: .*(by config.json|missing)"):
             load_model(folder)
-    (folder / "config.json").write_text(config)
+
+
+RED = "\x1b[31mred\n\u202eF1 99.9"       # colours a terminal, forges a line, turns the text around
+
+
+@pytest.mark.parametrize("changes", [
+    {RED: torch.ones(2)},                                           # not known
+    {f"pooler.{RED}": torch.ones(2), "qa_outputs.bias": ...},       # ignored, and printed
+])
+def test_names_from_files_are_printed_as_they_are_spelled(folder, capsys, changes):
+    change_weights(folder, changes)
+    said = ""
+    try:
+        load_model(folder, fresh_head=True)
+    except ValueError as error:
+        said = str(error)
+    said += capsys.readouterr().out.removesuffix("\n")
+    assert "red" in said and said.isprintable()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(folder, value):
+    name = "bert.encoder.layer.1.attention.output.dense.bias"
+    bias = torch.zeros(12)
+    bias[5] = value
+    change_weights(folder, {name: bias})
+    with pytest.raises(ValueError, match=f"{name.removeprefix('bert.')}.* finite"):
+        load_model(folder)
+
+
+def test_two_names_for_one_tensor(folder):
+    change_weights(folder, {"bert.embeddings.LayerNorm.gamma": torch.ones(12)})
+    with pytest.raises(ValueError, match="embeddings.LayerNorm.weight"):
+        load_model(folder)
+
+
+def test_not_a_model_folder(folder):
     (folder / "model.safetensors").unlink()
-    for path, missing in (folder, "model.safetensors"), (folder.parent, "config.json"):
-        with pytest.raises(FileNotFoundError, match=missing):
-            load_model(path)
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        load_model(folder)
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_model(folder.parent)
 
 
 def test_cased_vocabulary(folder):
     assert load_model(folder).config.do_lower_case is True
-    change(folder / "config.json", {"do_lower_case": ...})
+    change_json(folder / "config.json", {"do_lower_case": ...})
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     cased = load_model(folder)
     assert cased.config.do_lower_case is False
@@ -215,37 +380,53 @@ def test_cased_vocabulary(folder):
     assert load_model(folder.parent / "copy").config == cased.config
 
 
-@pytest.mark.parametrize("name, tensor", [
-    ("bert.encoder.layer.1.attention.self.key.bias", ...), ("bert.embeddings.LayerNorm.weight", ...),
-    ("bert.encoder.layer.2.output.dense.bias", torch.ones(12)), ("classifier.weight", torch.ones(3, 12)),
-    ("bert.encoder.layer.0.output.dense.weight", torch.ones(20, 12)), ("qa_outputs.weight", torch.ones(3, 12))])
-def test_loader_names_the_tensor(folder, name, tensor):
-    change(folder / "model.safetensors", {name: tensor})
-    for fresh_head in (False, True):
-        with pytest.raises(ValueError, match=name.removeprefix("bert.")):
-            load_model(folder, fresh_head=fresh_head)
+@pytest.mark.parametrize("fresh_head", [False, True])
+@pytest.mark.parametrize("name, tensor", [      # `...`: it is missing
+    ("bert.encoder.layer.1.attention.self.key.bias", ...),
+    ("bert.embeddings.LayerNorm.weight", ...),
+    ("bert.encoder.layer.2.output.dense.bias", torch.ones(12)),
+    ("classifier.weight", torch.ones(3, 12)),
+    ("bert.encoder.layer.0.output.dense.weight", torch.ones(20, 12)),
+    ("qa_outputs.weight", torch.ones(3, 12)),
+])
+def test_loader_names_the_tensor(folder, name, tensor, fresh_head):
+    change_weights(folder, {name: tensor})
+    with pytest.raises(ValueError, match=name.removeprefix("bert.")):
+        load_model(folder, fresh_head=fresh_head)
 
 
 def test_fresh_head_and_ignored_tensors(folder, capsys):
-    change(folder / "model.safetensors", {
-        "qa_outputs.weight": ..., "qa_outputs.bias": ..., "bert.pooler.dense.weight": torch.ones(12, 12),
-        "cls.predictions.bias": torch.ones(29), "bert.embeddings.position_ids": torch.arange(17)[None]})
+    change_weights(folder, {
+        "qa_outputs.weight": ...,
+        "qa_outputs.bias": ...,
+        "bert.pooler.dense.weight": torch.ones(12, 12),
+        "cls.predictions.bias": torch.ones(29),
+        "bert.embeddings.position_ids": torch.arange(17)[None],
+        "bert.embeddings.token_type_ids": torch.zeros(1, 17, dtype=torch.int64),
+    })
     with pytest.raises(ValueError, match="qa_outputs.bias"):
         load_model(folder)
     model = load_model(folder, fresh_head=True)
     report = capsys.readouterr().out
-    for word in ("37 tensors", "qa_outputs.weight", "pooler.dense.weight", "predictions.bias", "position_ids"):
+    for word in ("37 tensors", "qa_outputs.weight", "pooler.dense.weight", "predictions.bias",
+                 "position_ids", "embeddings.token_type_ids"):
         assert word in report, word
     close(model.bert.state_dict(), tiny().bert.state_dict())
-    assert not model.qa_outputs.bias.any() and 0 < model.qa_outputs.weight.std() < 0.1
+    assert not model.qa_outputs.bias.any()
+    assert 0 < model.qa_outputs.weight.std() < 0.1
 
 
 @pytest.mark.parametrize("prefix", ["bert.", ""])
 @pytest.mark.parametrize("gain, bias", [("Norm.weight", "Norm.bias"), ("Norm.gamma", "Norm.beta")])
 def test_old_names(folder, prefix, gain, bias):
     path = folder / "model.safetensors"
-    write_safetensors({name.replace("bert.", prefix).replace("Norm.weight", gain).replace("Norm.bias", bias): tensor
-                       for name, tensor in read_safetensors(path).items()}, path)
+    tensors = {}
+    for name, tensor in read_safetensors(path).items():
+        name = name.replace("bert.", prefix)
+        name = name.replace("Norm.weight", gain)
+        name = name.replace("Norm.bias", bias)
+        tensors[name] = tensor
+    write_safetensors(tensors, path)
     close(load_model(folder).state_dict(), tiny().state_dict())
 
 
@@ -254,47 +435,59 @@ def test_pytorch_model_bin_cannot_run_code(folder):
         def __reduce__(self):
             return os.mkdir, (str(folder / "owned"),)
 
-    torch.save(read_safetensors(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    path = folder / "pytorch_model.bin"
+    torch.save(read_safetensors(folder / "model.safetensors"), path)
     (folder / "model.safetensors").unlink()
     close(load_model(folder).state_dict(), tiny().state_dict())
-    torch.save({"bert.pooler.dense.bias": Evil()}, folder / "pytorch_model.bin")
+    torch.save({"bert.pooler.dense.bias": Evil()}, path)
     with pytest.raises((pickle.UnpicklingError, ValueError)):
         load_model(folder)
     assert not (folder / "owned").exists()
-    torch.load(folder / "pytorch_model.bin", weights_only=False)
-    assert (folder / "owned").exists()  # the trap would have snapped
+    # The trap would have snapped.
+    torch.load(path, weights_only=False)
+    assert (folder / "owned").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, UNEVEN, dict(heads=[3, 0], ffn=[0, 7]), dict(heads=[3, 1]), dict(ffn=[20, 9])])
+@pytest.mark.parametrize("changes", [
+    {}, UNEVEN, dict(heads=[3, 0], ffn=[0, 7]), dict(heads=[3, 1]), dict(ffn=[20, 9])])
 def test_save_and_load(tmp_path, changes):
-    model, folder = tiny(hidden_act="relu", layer_norm_eps=0.03, **changes), tmp_path / "a" / "b"
+    model = tiny(hidden_act="relu", layer_norm_eps=0.03, **changes)
+    folder = tmp_path / "a" / "b"
     (tmp_path / "words").write_text("[PAD]\nthe\n")
-    for vocab in (tmp_path / "words", folder / "vocab.txt"):  # the second time over itself
+    for vocab in (tmp_path / "words", folder / "vocab.txt"):    # the second time over itself
         save_model(model, folder, vocab=vocab, method="hybrid")
         again = load_model(folder).eval()
         assert again.config == model.config
         close(again.state_dict(), model.state_dict())
         close(again(*INPUTS), model(*INPUTS))
-        assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "vocab.txt"}
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"config.json", "model.safetensors", "vocab.txt"}
         assert (folder / "vocab.txt").read_text() == "[PAD]\nthe\n"
     config = json.loads((folder / "config.json").read_text())
-    assert config["method"] == "hybrid" and ("heads" in config) == ("ffn" in config) == bool(changes)
+    assert config["method"] == "hybrid"
+    assert ("heads" in config) == ("ffn" in config) == bool(changes)
 
 
 @torch.no_grad()
 def test_a_masked_model_saves_what_it_computes(tmp_path):
-    model, expected = tiny(), tiny().state_dict()
+    model = tiny()
     layer = model.bert.layers[1]
-    tiles = mask_weight(layer.attention.value, (4, 5)).scores  # 3 x 3 blocks, the last 2 columns wide
-    dimensions = mask_dimensions(layer.ffn.fc1, layer.ffn.fc2)
+    # 3 x 3 blocks, the last 2 columns wide. No block is left in the second row.
+    tile_scores = mask_weight(layer.attention.value, (4, 5)).scores
+    tile_scores.copy_(torch.tensor([[1, -1, 2], [-1, -2, -1], [-3, 1, -1]]))
+    # Every third dimension goes.
+    dimension_scores = mask_dimensions(layer.ffn.fc1, layer.ffn.fc2)
+    dimension_scores.copy_(torch.arange(20) % 3 - 0.5)
     set_threshold(model, 0.5)
-    tiles.copy_(torch.tensor([[1, -1, 2], [-1, -2, -1], [-3, 1, -1]]))  # no block is left in the second row
-    dimensions.copy_(torch.arange(20) % 3 - 0.5)  # every third goes
-    tile = (tiles > 0).repeat_interleave(4, 0).repeat_interleave(5, 1)[:, :12]
-    for name, mask in {"attention.value.weight": tile, "attention.value.bias": tile.any(1),
-                       "ffn.fc1.weight": dimensions[:, None] > 0, "ffn.fc1.bias": dimensions > 0,
-                       "ffn.fc2.weight": dimensions > 0}.items():
-        expected[f"bert.layers.1.{name}"] *= mask
+
+    tiles = (tile_scores > 0).repeat_interleave(4, 0).repeat_interleave(5, 1)[:, :12]
+    dimensions = dimension_scores > 0
+    expected = tiny().state_dict()
+    expected["bert.layers.1.attention.value.weight"] *= tiles
+    expected["bert.layers.1.attention.value.bias"] *= tiles.any(1)
+    expected["bert.layers.1.ffn.fc1.weight"] *= dimensions[:, None]
+    expected["bert.layers.1.ffn.fc1.bias"] *= dimensions
+    expected["bert.layers.1.ffn.fc2.weight"] *= dimensions
     save_model(model, tmp_path)
     again = load_model(tmp_path).eval()
     close(again.state_dict(), expected)
@@ -305,10 +498,18 @@ def test_a_masked_model_saves_what_it_computes(tmp_path):
 
 
 def every_kind() -> dict:
-    return {"f64": torch.tensor([[0.1, -2], [3, 4]]).double(), "one f16": torch.tensor([0.1]).half(),
-            "i64": torch.tensor([[2 ** 62, -7]]), "empty": torch.empty(0, 5), "f32": torch.arange(24.0).view(3, 2, 4),
-            "0-d": torch.tensor(2.5), "empty bf16": torch.empty(3, 0).bfloat16(), "bf16": torch.arange(7).bfloat16(),
-            "transposed": torch.arange(12.0).view(3, 4).t(), 'a "name" →': torch.ones(2)}
+    return {
+        "f64": torch.tensor([[0.1, -2], [3, 4]]).double(),
+        "one f16": torch.tensor([0.1]).half(),
+        "i64": torch.tensor([[2 ** 62, -7]]),
+        "empty": torch.empty(0, 5),
+        "f32": torch.arange(24.0).view(3, 2, 4),
+        "0-d": torch.tensor(2.5),
+        "empty bf16": torch.empty(3, 0).bfloat16(),
+        "bf16": torch.arange(7).bfloat16(),
+        "transposed": torch.arange(12.0).view(3, 4).t(),
+        'a "name" →': torch.ones(2),
+    }
 
 
 def test_safetensors_round_trip(tmp_path):
@@ -323,7 +524,8 @@ def test_live_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     write_safetensors(every_kind(), tmp_path / "ours")
     close(safetensors.load_file(tmp_path / "ours"), every_kind())
-    safetensors.save_file({name: t.contiguous() for name, t in every_kind().items()}, tmp_path / "theirs")
+    contiguous = {name: tensor.contiguous() for name, tensor in every_kind().items()}
+    safetensors.save_file(contiguous, tmp_path / "theirs")
     close(read_safetensors(tmp_path / "theirs"), every_kind())
 
 
@@ -331,43 +533,97 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.safetensors"
     write_safetensors({"a": torch.ones(3)}, path)
     before = path.read_bytes()
-    with pytest.raises(NotImplementedError):  # the second tensor has no data: the write fails in mid-file
-        write_safetensors({"a": torch.zeros(5), "b": torch.zeros(5, device="meta")}, path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    # The second tensor has no data: the write fails in mid-file.
+    tensors = {"a": torch.zeros(5), "b": torch.zeros(5, device="meta")}
+    with pytest.raises(NotImplementedError):
+        write_safetensors(tensors, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def content(a={}, b={}, length=None, text=None, **more) -> bytes:
-    """A file of two tensors. a, b, more: what else to say of them; length, text: of the header."""
-    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **a},
-              "b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12], **b}, **more}
-    text = json.dumps(header).encode() if text is None else text
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(range(12))
+DATA = bytes(range(12))     # of two tensors, "a" of 8 bytes and "b" of 4
 
 
+def file_of(text: bytes, length: int | None = None) -> bytes:
+    """A safetensors file with this header, which says that it has this length."""
+    if length is None:
+        length = len(text)
+    return length.to_bytes(8, "little") + text + DATA
+
+
+def header(a={}, b={}, **more) -> bytes:
+    """A true header, but for what a, b and more say."""
+    rows = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | a,
+            "b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]} | b}
+    return json.dumps(rows | more).encode()
+
+
+TRUE = file_of(header())
+OVERFLOW = dict(dtype="F32", shape=[2 ** 62, 2 ** 62, 0], data_offsets=[12, 12])
 LIES = {
-    "overlap": content(b=dict(shape=[2], data_offsets=[4, 12])), "hole": content(dict(shape=[1], data_offsets=[0, 4])),
-    "backwards": content(dict(data_offsets=[8, 0])), "one offset": content(dict(data_offsets=[0])),
-    "too few bytes": content(dict(shape=[3])), "too many": content(dict(shape=[1])),
-    "other size": content(dict(dtype="F16")), "unknown dtype": content(dict(dtype="F31")),
-    "negative offset": content(dict(shape=[3], data_offsets=[-4, 8])), "negative shape": content(dict(shape=[-2, -1])),
-    "fraction": content(dict(shape=[2.0])), "text": content(b=dict(shape="")), "object": content(b=dict(shape={})),
-    "huge": content(b=dict(shape=[2 ** 60], data_offsets=[8, 8 + 2 ** 62])), "long": content(b=dict(shape=[2 ** 62])),
-    "overflow": content(c=dict(dtype="F32", shape=[2 ** 62, 2 ** 62, 0], data_offsets=[12, 12])),
-    "list": content(c=[]), "number": content(text=b"3"), "not JSON": content(text=b'{"a": '),
-    "not text": content(text=b"\xff\xfe{}"), "one byte more": content() + b"\0",
-    **{f"header of {n}": content(length=n) for n in (0, 100, 300, 2 ** 33, 2 ** 64 - 1)},
-    **{f"cut at {n}": content()[:n] for n in (0, 1, 7, 8, 9, 60, len(content()) - 12, len(content()) - 1)}}
+    "overlap": file_of(header(b=dict(shape=[2], data_offsets=[4, 12]))),
+    "hole": file_of(header(a=dict(shape=[1], data_offsets=[0, 4]))),
+    "backwards": file_of(header(a=dict(data_offsets=[8, 0]))),
+    "one offset": file_of(header(a=dict(data_offsets=[0]))),
+    "too few bytes": file_of(header(a=dict(shape=[3]))),
+    "too many": file_of(header(a=dict(shape=[1]))),
+    "other size": file_of(header(a=dict(dtype="F16"))),
+    "unknown dtype": file_of(header(a=dict(dtype="F31"))),
+    "negative offset": file_of(header(a=dict(shape=[3], data_offsets=[-4, 8]))),
+    "negative shape": file_of(header(a=dict(shape=[-2, -1]))),
+    "fraction": file_of(header(a=dict(shape=[2.0]))),
+    "text": file_of(header(b=dict(shape=""))),
+    "object": file_of(header(b=dict(shape={}))),
+    "huge": file_of(header(b=dict(shape=[2 ** 60], data_offsets=[8, 8 + 2 ** 62]))),
+    "long": file_of(header(b=dict(shape=[2 ** 62]))),
+    "overflow": file_of(header(c=OVERFLOW)),
+    "list": file_of(header(c=[])),
+    "number": file_of(b"3"),
+    "not JSON": file_of(b'{"a": '),
+    "not text": file_of(b"\xff\xfe{}"),
+    "one byte more": TRUE + b"\0",
+}
+for length in (0, 100, 300, 2 ** 33, 2 ** 64 - 1):
+    LIES[f"header of {length}"] = file_of(header(), length)
+for length in (0, 1, 7, 8, 9, 60, len(TRUE) - 12, len(TRUE) - 1):
+    LIES[f"cut at {length}"] = TRUE[:length]
+
+
+def test_true_safetensors_are_read(tmp_path):
+    (tmp_path / "true").write_bytes(TRUE)
+    tensors = read_safetensors(tmp_path / "true")
+    assert tensors["a"].shape == (2,) and tensors["b"].shape == (1,)
+
+
+@pytest.mark.parametrize("dtype", ["F31", "F8_E4M3", "I8", RED])
+def test_an_unknown_type_is_named(tmp_path, dtype):
+    (tmp_path / "file").write_bytes(file_of(header(b=dict(dtype=dtype))))
+    with pytest.raises(ValueError) as error:
+        read_safetensors(tmp_path / "file")
+    assert repr(dtype) in str(error.value) and "not a sound" not in str(error.value)
+
+
+def test_a_header_over_100_mb_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes((10 ** 8 + 1).to_bytes(8, "little"))
+    os.truncate(path, 10 ** 8 + 1000)       # a hole: it takes no space
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="header"):
+            read_safetensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_lying_safetensors_are_refused(tmp_path, lie):
-    (tmp_path / "true").write_bytes(content())
-    assert read_safetensors(tmp_path / "true")["a"].shape == (2,)
     (tmp_path / "lie.safetensors").write_bytes(LIES[lie])
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="lie.safetensors"):
             read_safetensors(tmp_path / "lie.safetensors")
-        assert tracemalloc.get_traced_memory()[1] < 1e6  # nothing was allocated on the file's word
+        # Nothing was allocated on the file's word.
+        assert tracemalloc.get_traced_memory()[1] < 1e6
     finally:
         tracemalloc.stop()

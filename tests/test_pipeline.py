@@ -551,7 +551,7 @@ DAMAGE = {  # what was done to a model folder → what is said of it
     "a header of 2^63 bytes": (rewrite("model.safetensors", lambda raw: (2 ** 63).to_bytes(8, "little") + raw[8:]), "cut off"),
     "a negative offset": (lying(data_offsets=[-8, 0]), "not a sound"), "huge offsets": (lying(data_offsets=[0, 2 ** 62]), "not a sound"),
     "overlapping tensors": (lying(data_offsets=[4, 8]), "not a sound"), "another dtype": (lying(dtype="F16"), "not a sound"),
-    "an unknown dtype": (lying(dtype="Q4"), "not a sound"), "a huge shape": (lying(shape=[2 ** 40, 2 ** 40]), "not a sound"),
+    "an unknown dtype": (lying(dtype="Q4"), "data of type 'Q4'"), "a huge shape": (lying(shape=[2 ** 40, 2 ** 40]), "not a sound"),
     "a config cut off": (rewrite("config.json", lambda raw: raw[:-5]), "config.json: not JSON"),
     "a config that is a list": (rewrite("config.json", lambda raw: b"[]"), "config.json: a JSON object"),
     "a missing key": (config(hidden_size=...), "hidden_size missing"), "an impossible value": (config(hidden_size=25), "num_attention_heads"),
