@@ -978,8 +978,12 @@ def report(out: Path, line: dict, total: int, config: Config) -> None:
     line.update(zip(names, means))
     if processes(config.device)[0] > 0:
         return
-    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
-        print(json.dumps(line), file=log)
+    path = out / "log.jsonl"
+    try:
+        with open(path, "a", encoding="utf-8") as log:
+            print(json.dumps(line), file=log)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     text = f"{out.name} {line['step']}/{total}  loss {line['loss']:.3f}  ce {line['ce']:.3f}"
     if line["density"]:
         text += f"  τ {line['threshold']:.3f}  density {line['density']['all']:.3f}"
@@ -999,7 +1003,7 @@ def save_checkpoint(path: Path, model, optimizer, device: str, step: int, second
         try:
             torch.save(state, temporary)
         except RuntimeError as error:       # which is what torch makes of a full disk
-            raise OSError(f"{path} cannot be written: {error}") from None
+            raise OSError(str(error)) from None
 
 
 def restore(path: Path, model, optimizer, device: str, total: int) -> tuple[int, float]:
@@ -1300,7 +1304,7 @@ def run(config: Config, command: str) -> None:
         teacher = load_model(config.teacher)
         if load_tokenizer(config.teacher).get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"{config.teacher} and {config.init} have different vocabularies")
-    check_models(config, model, teacher)
+    check_length(config, model, teacher)
     features = Features(training, tokenizer, config, training=True)
     if config.fill:
         refill(model)
@@ -1338,18 +1342,13 @@ def run(config: Config, command: str) -> None:
               f"questions of {data_name(config)}")
 
 
-def check_models(config: Config, model: BertForQuestionAnswering,
+def check_length(config: Config, model: BertForQuestionAnswering,
                  teacher: BertForQuestionAnswering | None) -> None:
-    """ValueError where a model is too short for the windows, or has weights that are no numbers."""
-    for folder, checked in ((config.init, model), (config.teacher, teacher)):
-        if checked is None:
-            continue
-        most = checked.config.max_position_embeddings
-        if config.max_length > most:
-            raise ValueError(f"--max-length {config.max_length} is over the model's {most}")
-        for name, parameter in checked.named_parameters():
-            if not parameter.isfinite().all():
-                raise ValueError(f"{folder}: {name} has weights that are no finite numbers")
+    most = model.config.max_position_embeddings
+    if teacher is not None:
+        most = min(most, teacher.config.max_position_embeddings)
+    if config.max_length > most:
+        raise ValueError(f"--max-length {config.max_length} is over the model's {most}")
 
 
 def data_name(config: Config) -> str:

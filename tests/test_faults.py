@@ -604,3 +604,138 @@ def test_a_python_without_lzma_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lzma", None)
     with pytest.raises(ValueError, match="dev.json.xz: this Python cannot read .xz; unpack it"):
         ts.read_squad(tmp_path, "dev.json")
+
+
+# ------------------------------------------------------------ errors are one line, output stops no run
+
+
+def stopped(error):
+    """A function that raises this."""
+    def stop(*_, **__):
+        raise error
+    return stop
+
+
+@pytest.mark.parametrize("name, where", [("teacher", "loss_terms"), ("hybrid", "predict"),
+                                         ("small", "best_spans"), ("table", "read_squad")])
+@pytest.mark.parametrize("error, status, message", [
+    (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), 2,
+     "error: the GPU is full; a smaller --batch or --max-length needs less: CUDA out of memory"),
+])
+def test_an_interruption_and_a_full_gpu_are_one_line(chain, monkeypatch, capsys, name, where, error,
+                                                     status, message):
+    more = []
+    if name == "table":
+        more = ["--data", f"{chain}/data"]
+    else:
+        shutil.rmtree(chain / name)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(ts, where, stopped(error))
+        assert run(chain, name, *more) == status
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(message)
+    assert not list(chain.rglob("*.tmp")) and run(chain, name, *more) == 0
+
+
+def test_a_full_gpu_is_not_blamed_on_the_checkpoint(chain, monkeypatch, capsys):
+    (chain / "teacher/results.json").unlink()
+    monkeypatch.setattr(torch, "load", stopped(torch.OutOfMemoryError("CUDA out of memory")))
+    capsys.readouterr()
+    assert run(chain, "teacher") == 2 and "the GPU is full" in said(capsys)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("flag", ["--init", "--teacher"])
+def test_weights_that_are_no_numbers_are_named(home, tmp_path, capsys, flag, value):
+    model = load_model(home / "bert")
+    model.bert.layers[1].ffn.fc1.weight.data[3, 5] = value
+    save_model(model, tmp_path / "bad")
+    shutil.copy(home / "bert/vocab.txt", tmp_path / "bad")
+    capsys.readouterr()
+    assert run(home, "teacher", "--out", f"{tmp_path}/run", flag, f"{tmp_path}/bad") == 2
+    name = "encoder.layer.1.intermediate.dense.weight"
+    assert f"bad/model.safetensors: {name} has values that are not finite" in said(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, file", [
+    ("teacher", "run.json"), ("teacher", "log.jsonl"), ("teacher", "checkpoint.pt"),
+    ("teacher", "model.safetensors"), ("teacher", "results.json"), ("hybrid", "pruning.safetensors"),
+    ("small", "run.json"), ("small", "masks.json"), ("small", "results.json"),
+    ("table", "teacher/results.json"), ("table", "summary.json"),
+])
+def test_on_a_full_disk_the_file_is_named(chain, monkeypatch, capsys, name, file):
+    """All but this one file can be written."""
+    if name == "table":
+        path = chain / file
+    else:
+        path = chain / name / file
+        shutil.rmtree(chain / name)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        fill_disk_for(patch, path)
+        assert run(chain, name) == 2
+    line = said(capsys)
+    assert f"{path} cannot be written: " in line and "No space left on device" in line
+    assert not list(chain.rglob("*.tmp")) and run(chain, name) == 0
+
+
+def fill_disk_for(monkeypatch, path):
+    """Let what is opened to write one file be full."""
+    def open_full(name, mode="r", *rest, real_open=open, **more):
+        if str(name).startswith(str(path)) and mode[0] in "wa":
+            raise OSError(28, "No space left on device")
+        return real_open(name, mode, *rest, **more)
+
+    def save_full(state, name, real_save=torch.save):
+        if str(name).startswith(str(path)):
+            raise RuntimeError("PytorchStreamWriter: No space left on device")
+        real_save(state, name)
+
+    monkeypatch.setattr(builtins, "open", open_full)
+    monkeypatch.setattr(io, "open", open_full)      # which Path.write_text() calls
+    monkeypatch.setattr(torch, "save", save_full)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_a_terminal_that_cannot_show_it_stops_no_run(chain, monkeypatch, encoding):
+    """τ in the log, ■ in the drawing, λ in the help."""
+    shown = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        stream = io.TextIOWrapper(shown, encoding, errors="strict", write_through=True)
+        monkeypatch.setattr(sys, name, stream)
+    for program in (ts, compact):
+        with pytest.raises(SystemExit, match="0"):
+            program.main(["--help"])
+    for name in ("hybrid", "small"):
+        shutil.rmtree(chain / name)
+        assert run(chain, name) == 0
+    text = shown.getvalue().decode(encoding)
+    assert "? of the penalty" in text and "? 0.100  density" in text and "heads ?" in text
+
+
+def test_the_random_state_of_a_device_is_saved_where_the_run_is_on_it(home, tmp_path, monkeypatch):
+    class Gpu:
+        """A device module, as torch.cuda is one."""
+        state = torch.arange(3)
+        restored = None
+
+        def get_rng_state(self):
+            return self.state
+
+        def set_rng_state(self, state):
+            self.restored = state
+
+    gpu = Gpu()
+    monkeypatch.setattr(torch, "get_device_module", {"cuda": gpu}.__getitem__)
+    config = ts.settle(ts.Config(device="cpu", data=str(home / "data")))
+    model = load_model(home / "bert")
+    optimizer = ts.prepare(model, config)
+    for device in ("cpu", "cuda"):
+        path = tmp_path / device
+        ts.save_checkpoint(path, model, optimizer, device, 3, 0.5)
+        assert set(torch.load(path, weights_only=True)["random_states"]) == {"cpu", device}
+        assert ts.restore(path, model, optimizer, device, 4) == (3, 0.5)
+    assert torch.equal(gpu.restored, gpu.state)
