@@ -739,3 +739,66 @@ def test_the_random_state_of_a_device_is_saved_where_the_run_is_on_it(home, tmp_
         assert set(torch.load(path, weights_only=True)["random_states"]) == {"cpu", device}
         assert ts.restore(path, model, optimizer, device, 4) == (3, 0.5)
     assert torch.equal(gpu.restored, gpu.state)
+
+
+# ------------------------------------------------------------------------- kills of the whole chain
+
+# All commands in one process, so that torch is imported once.
+ALL_COMMANDS = """
+import json, sys
+import compact, train_squad
+for program, arguments in json.loads(sys.argv[1]):
+    status = {"train_squad": train_squad, "compact": compact}[program].main(arguments)
+    if status != 0:
+        sys.exit(status)
+"""
+
+
+def chain_in_a_child(home):
+    """Start all commands, in an interpreter of their own and on a terminal without τ."""
+    listed = [(program.__name__, arguments) for program, arguments in commands(home).values()]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, "-c", ALL_COMMANDS, json.dumps(listed)], cwd=ROOT,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture
+def start(home, tmp_path):
+    """A folder with what the chain starts from."""
+    for name in ("data", "bert"):
+        shutil.copytree(home / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def lines_of_the_chain(home, made, tmp_path_factory):
+    """How many lines the commands print where nobody kills them; they make the same as here."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name in ("data", "bert"):
+        shutil.copytree(home / name, folder / name)
+    child = chain_in_a_child(folder)
+    output = child.communicate()[0].decode("ascii")
+    assert child.returncode == 0, output
+    assert_same(folder, made)
+    return len(output.splitlines())
+
+
+@pytest.mark.parametrize("trial", range(KILLS))
+def test_a_chain_killed_at_a_random_moment_ends_in_the_same_bytes(start, made, lines_of_the_chain,
+                                                                  trial):
+    # The moment: some while after one of the lines.
+    line = random.randrange(lines_of_the_chain)
+    pause = random.random() * 0.05
+    child = chain_in_a_child(start)
+    for _ in range(line):
+        child.stdout.readline()
+    time.sleep(pause)
+    child.kill()
+    child.communicate()
+    left = sorted(str(path.relative_to(start)) for path in start.rglob("*"))
+    for name in commands(start):
+        assert run(start, name) == 0, (name, line, pause, left)
+    # A table is beside the runs, in what may be any folder: nobody clears up there.
+    for path in start.glob("summary.json.*.tmp"):
+        path.unlink()
+    assert_same(start, made)
