@@ -568,7 +568,22 @@ def save_model(model: BertForQuestionAnswering, folder: str | Path,
 
 def weights_sha256(folder: str | Path) -> str:
     """SHA-256 of a model folder's weights."""
-    with open(_weights_path(folder), "rb") as file:
+    return _sha256(_weights_path(folder))
+
+
+def folder_sha256(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of every file that is read from a model folder, by its name."""
+    names = ["config.json", _weights_path(folder).name, "pruning.safetensors", *TOKENIZER_FILES]
+    found = {}
+    for name in names:
+        path = Path(folder, name)
+        if path.is_file():
+            found[name] = _sha256(path)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 Only the tests named `live` need transformers or safetensors, and skip themselves without.
 """
+import hashlib
 import json
 import math
 import os
@@ -14,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, load_model, load_tokenizer,
-                  read_safetensors, same_tokenizer, save_model, write_safetensors)
+from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, folder_sha256, load_model,
+                  load_tokenizer, read_safetensors, same_tokenizer, save_model, write_safetensors)
 from blockprune import mask_dimensions, mask_weight, set_threshold
 
 # Inputs for a tiny model, and what transformers made of them.
@@ -703,6 +704,29 @@ def test_same_tokenizer(tmp_path, options, words):
     same = tokenizer_folder(tmp_path / "same", options, words)
     assert same_tokenizer(other, only_tokenizer_json(same))
     assert not same_tokenizer(folder, same)
+
+
+def test_folder_sha256_is_of_what_is_read(folder):
+    names = ["vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "pruning.safetensors"]
+    expected = {"config.json", "model.safetensors"}
+    for name in names:
+        assert folder_sha256(folder).keys() == expected
+        (folder / name).write_text(name)
+        expected.add(name)
+    (folder / "log.jsonl").write_text("not read")
+    (folder / "pytorch_model.bin").write_text("not read where model.safetensors is")
+    before = folder_sha256(folder)
+    assert before.keys() == expected
+    for name in expected:
+        content = (folder / name).read_bytes()
+        assert before[name] == hashlib.sha256(content).hexdigest()
+        (folder / name).write_bytes(content + b" ")
+        after = folder_sha256(folder)
+        assert [key for key in after if after[key] != before[key]] == [name]
+        (folder / name).write_bytes(content)
+    (folder / "model.safetensors").unlink()
+    assert "pytorch_model.bin" in folder_sha256(folder)
 
 
 # ------------------------------------------------------------------------------------ safetensors
