@@ -25,6 +25,9 @@ from typing import BinaryIO
 
 import tokenizers
 import torch
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -59,7 +62,7 @@ class BertConfig:
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    do_lower_case: bool = True              # of the vocabulary; in the hub's tokenizer_config.json
+    do_lower_case: bool = True              # of vocab.txt, unless tokenizer_config.json says it
     heads: list[int] | None = None
     ffn: list[int] | None = None
 
@@ -434,34 +437,12 @@ def load_config(folder: str | Path) -> BertConfig:
     for alias, name in ALIASES.items():
         if values.get("hidden_act") == alias:
             values["hidden_act"] = name
-    # A folder from the hub says it of the tokenizer, ours of the model.
-    tokenizer_path = Path(folder, "tokenizer_config.json")
-    if "do_lower_case" not in values and tokenizer_path.is_file():
-        values["do_lower_case"] = read_json(tokenizer_path).get("do_lower_case", True)
+    # Case is a matter of the tokenizer. Its own file goes before what config.json says.
+    options = _tokenizer_options(folder)
+    if "do_lower_case" in options:
+        values["do_lower_case"] = options["do_lower_case"]
     known = {field.name for field in dataclasses.fields(BertConfig)}
     return BertConfig(**{key: value for key, value in values.items() if key in known})
-
-
-def load_tokenizer(folder: str | Path) -> tokenizers.BertWordPieceTokenizer:
-    """The vocab.txt of a model folder as a tokenizer.
-
-    Raises FileNotFoundError if the folder has none, ValueError if it does not fit the embeddings.
-    """
-    config = load_config(folder)
-    path = Path(folder, "vocab.txt")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=config.do_lower_case)
-    except Exception as error:      # of whatever kind: they come from Rust
-        raise ValueError(f"{path}: not a vocabulary of BERT's: {error}") from None
-    ids = tokenizer.get_vocab()
-    if max(ids.values()) >= config.vocab_size:
-        raise ValueError(f"{path}: {len(ids)} words for {config.vocab_size} embeddings")
-    for word in ("[PAD]", "[UNK]"):
-        if word not in ids:
-            raise ValueError(f"{path}: {word} is missing")
-    return tokenizer
 
 
 def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionAnswering:
@@ -555,10 +536,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def save_model(model: BertForQuestionAnswering, folder: str | Path,
-               vocab: str | Path | None = None, **extra) -> None:
-    """Write a model folder: config.json, model.safetensors with masks folded in, vocab.txt.
+               vocab: str | Path | None = None, tokenizer_from: str | Path | None = None,
+               **extra) -> None:
+    """Write a model folder: config.json, model.safetensors with masks folded in, tokenizer files.
 
-    vocab: the file to copy to vocab.txt; None for none. extra: more keys for config.json.
+    tokenizer_from: a model folder to copy the tokenizer files from; None for none.
+    vocab: the same, by the place of its vocab.txt.
+    extra: more keys for config.json.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -580,16 +564,170 @@ def save_model(model: BertForQuestionAnswering, folder: str | Path,
     values.update(extra)
     write_json(folder / "config.json", values)
 
-    # 3. The vocabulary.
-    if vocab:
-        with replacing(folder / "vocab.txt") as temporary:
-            temporary.write_bytes(Path(vocab).read_bytes())
+    # 3. The tokenizer, as it is: a cased one stays cased, here and in `transformers`.
+    if vocab is not None:
+        tokenizer_from = Path(vocab).parent
+    if tokenizer_from is not None:
+        _copy_tokenizer(Path(tokenizer_from), folder)
 
 
 def weights_sha256(folder: str | Path) -> str:
     """SHA-256 of a model folder's weights."""
-    with open(_weights_path(folder), "rb") as file:
+    return _sha256(_weights_path(folder))
+
+
+def folder_sha256(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of every file that is read from a model folder, by its name."""
+    names = ["config.json", _weights_path(folder).name, "pruning.safetensors", *TOKENIZER_FILES]
+    found = {}
+    for name in names:
+        path = Path(folder, name)
+        if path.is_file():
+            found[name] = _sha256(path)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------- the tokenizer
+
+# Files that say how a text becomes ids. A folder has some of them.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json")
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")       # all of them are needed
+
+# A key of tokenizer_config.json: its name in BertNormalizer.
+NORMALIZER_OPTIONS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",       # None: as lowercase
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+
+
+def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a model folder: its tokenizer.json or, without one, its vocab.txt.
+
+    Raises FileNotFoundError if the folder has neither, ValueError if it does not fit the embeddings
+    or lacks a special token.
+    """
+    config = load_config(folder)
+    options = _tokenizer_options(folder)
+    path = Path(folder, "tokenizer.json")
+    if path.is_file():
+        tokenizer = _read_tokenizer_json(path)
+    else:
+        path = Path(folder, "vocab.txt")
+        tokenizer = _read_vocab(path, config.do_lower_case)
+    # As in `transformers`, tokenizer_config.json has the last word where it says something.
+    normalizer = tokenizer.normalizer
+    if isinstance(normalizer, BertNormalizer):
+        for key, attribute in NORMALIZER_OPTIONS.items():
+            if key in options:
+                setattr(normalizer, attribute, options[key])
+        tokenizer.normalizer = normalizer
+
+    ids = tokenizer.get_vocab()
+    for word in SPECIAL_TOKENS:
+        if word not in ids:
+            raise ValueError(f"{path}: {word} is missing")
+    # By the largest id: embeddings without a word are common.
+    if max(ids.values()) >= config.vocab_size:
+        raise ValueError(f"{path}: {len(ids)} words for {config.vocab_size} embeddings")
+    # Words added in other files: tokenizer.json has them too, vocab.txt does not know their ids.
+    for word in _added_tokens(folder, options):
+        if word not in ids:
+            raise ValueError(f"{path}: {word!r} is missing, an added token by "
+                             f"tokenizer_config.json or added_tokens.json")
+    return tokenizer
+
+
+def _tokenizer_options(folder: str | Path) -> dict:
+    """What tokenizer_config.json says, if there is one."""
+    path = Path(folder, "tokenizer_config.json")
+    if not path.is_file():
+        return {}
+    options = read_json(path)
+    for key in NORMALIZER_OPTIONS:
+        value = options.get(key, True)
+        if type(value) is not bool and not (key == "strip_accents" and value is None):
+            raise ValueError(f"{path}: {key} is {value!r}, not true or false")
+    return options
+
+
+def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a tokenizer.json, without its settings for truncation and padding."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:      # of whatever kind: they come from Rust
+        raise ValueError(f"{path}: not a tokenizer: {error!r}") from None
+    # Cutting into windows and filling up to a batch is done elsewhere.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_vocab(path: Path, lowercase: bool) -> tokenizers.Tokenizer:
+    """BERT's own tokenizer, of word pieces: each line is a word, and its number is the id."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        text = path.read_text("utf-8-sig")      # with or without a byte order mark
+    except ValueError as error:
+        raise ValueError(f"{path}: not a vocabulary: {error}") from None
+    # By "\n" alone, since splitlines() takes some words for ends of lines.
+    words = text.split("\n")
+    # Blank lines at the end are no words.
+    while words and not words[-1].strip():
+        words.pop()
+    ids = {word: n for n, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    # These are not taken apart where they stand in a text.
+    for word in (*SPECIAL_TOKENS, "[MASK]"):
+        if word in ids:
+            tokenizer.add_special_tokens([word])
+    return tokenizer
+
+
+def _added_tokens(folder: str | Path, options: dict) -> list[str]:
+    """The words that tokenizer_config.json and added_tokens.json add to the vocabulary."""
+    added = []
+    path = Path(folder, "added_tokens.json")
+    if path.is_file():
+        added.extend(read_json(path))
+    try:
+        for token in options.get("added_tokens_decoder", {}).values():
+            added.append(str(token["content"]))
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{folder}: added_tokens_decoder of tokenizer_config.json is not "
+                         f"{{id: {{content: word}}}}") from None
+    return added
+
+
+def same_tokenizer(folder: str | Path, other: str | Path) -> bool:
+    """Whether two model folders make the same ids of every text, in whatever files they say it."""
+    ours = json.loads(load_tokenizer(folder).to_str())
+    theirs = json.loads(load_tokenizer(other).to_str())
+    # What else is in a tokenizer.json does not act on these ids.
+    for part in ("added_tokens", "normalizer", "pre_tokenizer", "model"):
+        if ours[part] != theirs[part]:
+            return False
+    return True
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of one folder to another, and remove those that it does not have."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            content = (source / name).read_bytes()
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(content)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------- guards

@@ -2,6 +2,7 @@
 
 Only the tests named `live` need transformers or safetensors, and skip themselves without.
 """
+import hashlib
 import json
 import math
 import os
@@ -14,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, load_model, read_safetensors,
-                  save_model, write_safetensors)
+from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, folder_sha256, load_model,
+                  load_tokenizer, read_safetensors, same_tokenizer, save_model, write_safetensors)
 from blockprune import mask_dimensions, mask_weight, set_threshold
 
 # Inputs for a tiny model, and what transformers made of them.
@@ -453,9 +454,9 @@ def test_pytorch_model_bin_cannot_run_code(folder):
 def test_save_and_load(tmp_path, changes):
     model = tiny(hidden_act="relu", layer_norm_eps=0.03, **changes)
     folder = tmp_path / "a" / "b"
-    (tmp_path / "words").write_text("[PAD]\nthe\n")
-    for vocab in (tmp_path / "words", folder / "vocab.txt"):    # the second time over itself
-        save_model(model, folder, vocab=vocab, method="hybrid")
+    (tmp_path / "vocab.txt").write_text("[PAD]\nthe\n")
+    for source in (tmp_path, folder):       # the second time from itself
+        save_model(model, folder, tokenizer_from=source, method="hybrid")
         again = load_model(folder).eval()
         assert again.config == model.config
         close(again.state_dict(), model.state_dict())
@@ -492,6 +493,240 @@ def test_a_masked_model_saves_what_it_computes(tmp_path):
     again = load_model(tmp_path).eval()
     close(again.state_dict(), expected)
     close(again(*INPUTS), model(*INPUTS))
+
+
+# ------------------------------------------------------------------------------------ tokenizers
+
+WORDS = ("[PAD] [UNK] [CLS] [SEP] [MASK] hello héllo Hello Héllo h ##ello e ##llo "
+         "東 京 東京 ##京 moon Moon un ##able").split()
+TEXTS = ["Héllo", "東京", "Moon moon", "unable [SEP] sun", "HÉLLO", "a\u00adb moon"]
+# The ids of TEXTS by what tokenizer_config.json says, as `transformers` 5 has them.
+TOKENIZERS = [
+    ({}, [[5], [13, 14], [17, 17], [19, 20, 3, 1], [5], [1, 17]]),
+    ({"do_lower_case": True, "strip_accents": None},
+     [[5], [13, 14], [17, 17], [19, 20, 3, 1], [5], [1, 17]]),
+    ({"do_lower_case": False}, [[8], [13, 14], [18, 17], [19, 20, 3, 1], [1], [1, 17]]),
+    ({"strip_accents": False}, [[6], [13, 14], [17, 17], [19, 20, 3, 1], [6], [1, 17]]),
+    ({"do_lower_case": False, "strip_accents": True},
+     [[7], [13, 14], [18, 17], [19, 20, 3, 1], [1], [1, 17]]),
+    ({"tokenize_chinese_chars": False}, [[5], [15], [17, 17], [19, 20, 3, 1], [5], [1, 17]]),
+    ({"do_lower_case": False, "strip_accents": False, "tokenize_chinese_chars": False},
+     [[8], [15], [18, 17], [19, 20, 3, 1], [1], [1, 17]]),
+]
+
+
+def tokenizer_folder(folder: Path, options: dict | None = None, words=WORDS) -> Path:
+    """A model folder without weights. options: of tokenizer_config.json, None for no such file."""
+    folder.mkdir()
+    config = dict(vocab_size=len(WORDS), hidden_size=12, num_hidden_layers=1, num_attention_heads=1)
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    if options is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return folder
+
+
+def only_tokenizer_json(folder: Path) -> Path:
+    """Say it with tokenizer.json alone, as transformers 5 does, and set what must not act."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "vocab.txt").unlink()
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    return folder
+
+
+def ids_of(folder: Path) -> list[list[int]]:
+    encodings = load_tokenizer(folder).encode_batch(TEXTS, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def ids_of_transformers(folder: Path) -> list[list[int]]:
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    return tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("options, expected", TOKENIZERS)
+def test_a_tokenizer_is_what_its_folder_says(tmp_path, options, expected):
+    folder = tokenizer_folder(tmp_path / "bert", options)
+    assert ids_of(folder) == expected
+    assert ids_of(only_tokenizer_json(folder)) == expected
+
+
+@pytest.mark.parametrize("options, expected", TOKENIZERS)
+def test_live_tokenizer(tmp_path, options, expected):
+    """The same ids in the folder, in what transformers makes of it, and in our copies of both."""
+    transformers = pytest.importorskip("transformers")
+    folder = tokenizer_folder(tmp_path / "bert", options)
+    assert ids_of_transformers(folder) == expected
+    theirs = tmp_path / "theirs"
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(theirs)
+    assert not (theirs / "vocab.txt").exists()
+    (theirs / "config.json").write_text((folder / "config.json").read_text())
+    for source in (folder, theirs):
+        assert ids_of(source) == expected
+        ours = tmp_path / f"copy of {source.name}"
+        save_model(tiny(vocab_size=len(WORDS)), ours, tokenizer_from=source)
+        assert ids_of(ours) == expected
+        assert ids_of_transformers(ours) == expected
+        assert same_tokenizer(ours, folder)
+
+
+def test_tokenizer_config_json_has_the_last_word(tmp_path):
+    """As in transformers, also over tokenizer.json and over the config.json of our older runs."""
+    folder = tokenizer_folder(tmp_path / "bert")
+    change_json(folder / "config.json", {"do_lower_case": False})
+    assert ids_of(folder)[0] == [8]
+    only_tokenizer_json(folder)
+    change_json(folder / "config.json", {"do_lower_case": True})
+    assert ids_of(folder)[0] == [8]
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    assert ids_of(folder)[0] == [5]
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeff" + "\n".join(WORDS),          # a byte order mark
+    "\n".join(WORDS) + "\n\n \n",         # blank lines after the end
+    "\r\n".join(WORDS) + "\r\n",          # a file from Windows
+])
+def test_a_vocabulary_as_editors_leave_it(tmp_path, text):
+    folder = tokenizer_folder(tmp_path / "bert")
+    expected = load_tokenizer(folder).get_vocab()
+    (folder / "vocab.txt").write_bytes(text.encode())
+    assert load_tokenizer(folder).get_vocab() == expected
+    assert ids_of(folder) == TOKENIZERS[0][1]
+
+
+def test_a_line_is_a_word_whatever_is_in_it(tmp_path):
+    """A line ends at its end, and not at another sign that some call a line break."""
+    odd = ["x\u2028y", "\x85", "", "ab\u3000"]
+    folder = tokenizer_folder(tmp_path / "bert", words=WORDS[:-5] + odd + ["end"])
+    vocab = load_tokenizer(folder).get_vocab()
+    assert [vocab[word] for word in odd] == [16, 17, 18, 19] and vocab["end"] == 20
+
+
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize("missing", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+def test_a_tokenizer_without_a_special_token(tmp_path, form, missing):
+    folder = tokenizer_folder(tmp_path / "bert")
+    if form == "tokenizer.json":
+        only_tokenizer_json(folder)
+    path = folder / form
+    path.write_text(path.read_text().replace(missing, "[OTHER]"))
+    with pytest.raises(ValueError, match=rf"{form}: .*\{missing}"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
+def test_more_words_than_embeddings(tmp_path, form):
+    folder = tokenizer_folder(tmp_path / "bert")
+    if form == "tokenizer.json":
+        only_tokenizer_json(folder)
+    change_json(folder / "config.json", {"vocab_size": 20})
+    with pytest.raises(ValueError, match=f"{form}: 21 words for 20 embeddings"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("tokenizer.json", "{}"),
+    ("tokenizer.json", "\0"),
+    ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"do_lower_case": "false"}'),
+    ("tokenizer_config.json", '{"strip_accents": "no"}'),
+    ("tokenizer_config.json", '{"tokenize_chinese_chars": null}'),
+    # Words that vocab.txt does not have: transformers takes them as they stand, and we would not.
+    ("added_tokens.json", '{"sunmoon": 21}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"21": {"content": "sunmoon"}}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": ["sunmoon"]}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"21": "sunmoon"}}'),
+])
+def test_tokenizer_files_that_are_refused(tmp_path, name, text):
+    folder = tokenizer_folder(tmp_path / "bert")
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}|do_lower_case"):
+        load_tokenizer(folder)
+
+
+def test_added_tokens_that_the_vocabulary_has(tmp_path):
+    decoder = {str(n): {"content": WORDS[n], "special": True} for n in range(5)}
+    folder = tokenizer_folder(tmp_path / "bert", {"added_tokens_decoder": decoder})
+    (folder / "added_tokens.json").write_text("{}")
+    assert ids_of(folder) == TOKENIZERS[0][1]
+
+
+def test_no_tokenizer(tmp_path):
+    folder = tokenizer_folder(tmp_path / "bert")
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="vocab.txt is missing"):
+        load_tokenizer(folder)
+
+
+def test_saving_copies_the_tokenizer_that_is_there_and_no_other(tmp_path):
+    source = tokenizer_folder(tmp_path / "bert", {"do_lower_case": False})
+    (source / "special_tokens_map.json").write_text('{"unk_token": "[UNK]"}')
+    (source / "notes.txt").write_text("not of the tokenizer")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "tokenizer.json").write_text("of another run")
+    for _ in range(2):      # the second time from itself
+        save_model(tiny(vocab_size=len(WORDS)), copy, tokenizer_from=source)
+        names = {path.name for path in copy.iterdir()}
+        assert names == {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json",
+                         "special_tokens_map.json"}
+        for name in ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json"):
+            assert (copy / name).read_bytes() == (source / name).read_bytes()
+        assert ids_of(copy) == TOKENIZERS[2][1]
+        source = copy
+
+
+def test_a_cased_folder_of_an_older_run_stays_cased(tmp_path):
+    """Those say it in config.json alone."""
+    source = tokenizer_folder(tmp_path / "old")
+    save_model(tiny(vocab_size=len(WORDS), do_lower_case=False), source, tokenizer_from=source)
+    save_model(load_model(source), tmp_path / "copy", tokenizer_from=source)
+    assert ids_of(tmp_path / "copy") == TOKENIZERS[2][1]
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"do_lower_case": False}, WORDS),
+    ({"strip_accents": False}, WORDS),
+    ({"tokenize_chinese_chars": False}, WORDS),
+    ({}, [*WORDS[:-2], WORDS[-1], WORDS[-2]]),
+    ({}, WORDS[:-1]),
+])
+def test_same_tokenizer(tmp_path, options, words):
+    folder = tokenizer_folder(tmp_path / "bert")
+    other = tokenizer_folder(tmp_path / "other", options, words)
+    assert same_tokenizer(folder, folder) and same_tokenizer(other, other)
+    assert not same_tokenizer(folder, other) and not same_tokenizer(other, folder)
+    # In whatever form it is said.
+    same = tokenizer_folder(tmp_path / "same", options, words)
+    assert same_tokenizer(other, only_tokenizer_json(same))
+    assert not same_tokenizer(folder, same)
+
+
+def test_folder_sha256_is_of_what_is_read(folder):
+    names = ["vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "pruning.safetensors"]
+    expected = {"config.json", "model.safetensors"}
+    for name in names:
+        assert folder_sha256(folder).keys() == expected
+        (folder / name).write_text(name)
+        expected.add(name)
+    (folder / "log.jsonl").write_text("not read")
+    (folder / "pytorch_model.bin").write_text("not read where model.safetensors is")
+    before = folder_sha256(folder)
+    assert before.keys() == expected
+    for name in expected:
+        content = (folder / name).read_bytes()
+        assert before[name] == hashlib.sha256(content).hexdigest()
+        (folder / name).write_bytes(content + b" ")
+        after = folder_sha256(folder)
+        assert [key for key in after if after[key] != before[key]] == [name]
+        (folder / name).write_bytes(content)
+    (folder / "model.safetensors").unlink()
+    assert "pytorch_model.bin" in folder_sha256(folder)
 
 
 # ------------------------------------------------------------------------------------ safetensors

@@ -69,8 +69,8 @@ def seed():
 def folder(tmp_path_factory) -> Path:
     """A model folder: a tiny model and the vocabulary."""
     folder = tmp_path_factory.mktemp("model")
-    (folder / "words").write_text("\n".join(VOCAB))
-    save_model(tiny(), folder, folder / "words")
+    save_model(tiny(), folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCAB))
     return folder
 
 
