@@ -20,6 +20,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -1478,6 +1479,9 @@ def exit_status(work, *arguments) -> int:
         return 130
     finally:
         if dist.is_initialized():
+            # The model that torchrun's processes shared is in a circle of references, and keeps the
+            # group's threads at work. Where one is still there when Python ends, it aborts.
+            gc.collect()
             dist.destroy_process_group()
     return 0
 
