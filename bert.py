@@ -236,12 +236,17 @@ class BertForQuestionAnswering(nn.Module):
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """with replacing(path) as temporary: what is written to `temporary` then replaces `path`."""
+    """with replacing(path) as temporary: what is written to `temporary` then replaces `path`.
+
+    Raises OSError, with the path, where that fails: a full disk alone names no file.
+    """
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
         # At every moment the path has its old content or its new one, whole.
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

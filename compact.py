@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 import blockprune
-from bert import (BertConfig, BertForQuestionAnswering, hf_tensors, load_model, load_tokenizer, read_json, save_model,
-                  weights_sha256, write_json)
+from bert import (BertConfig, BertForQuestionAnswering, hf_tensors, load_model, load_tokenizer, save_model,
+                  write_json)
 import train_squad as ts
 
 # ------------------------------------------------------------------------------------- compaction
@@ -155,7 +155,7 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
     tolerance = 1e-5 * largest
     if not worst <= tolerance < math.inf or any(gap > 2 * tolerance for gap in doubtful):
         raise ValueError(f"the compacted model differs: |Δ logit| {worst:.2e} where {tolerance:.2e} is allowed, "
-                         f"{len(doubtful)} other spans. Nothing was written")
+                         f"{len(doubtful)} other spans. No model was written")
     return worst.item()
 
 
@@ -169,45 +169,61 @@ def counted(model: BertForQuestionAnswering) -> dict:
                 heads=small.heads, heads_authors_rule=heads_authors_rule(model), ffn=small.ffn)
 
 
-def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None, command: str) -> None:
+def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
+        command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
-    trained, began = read_json(folder / "run.json", "settings"), time.monotonic()
-    weights, source = weights_sha256(folder), [str(folder), data, v2, dev_questions]
-    found = read_json(out / "run.json") if (out / "run.json").is_file() else {}
-    if out.is_file() or out.exists() and any(out.iterdir()) and found.get("compacted") != source:
-        raise ValueError(f"{out} is there, and is not {folder} compacted and scored so: use another --out")
-    try:
-        config = ts.Config(**trained["settings"])
-    except TypeError as error:
-        raise ValueError(f"{folder}/run.json: settings of another version: {error}") from None
-    config.data, config.v2, config.device = data or config.data, v2 or config.v2, None
-    config.dev_questions = config.dev_questions if dev_questions is None else dev_questions
+    began = time.monotonic()
+    trained = ts.read_run(folder)
+    if trained is None:
+        raise ValueError(f"{folder}: no run of ours is in it")
+    scored(folder)
+
+    # The settings are those of the run, but for what is scored, and where.
+    config = ts.Config(**trained["settings"])
+    config.out = str(out)
+    config.device = None
+    if data:
+        config.data = data
+    if v2:
+        config.v2 = True
+    if dev_questions is not None:
+        config.dev_questions = dev_questions
     config = ts.settle(config)
     dev = ts.read_squad(config.data, ts.file_name("dev", config.v2), config.dev_questions)
-    if (old := ts.scored(out)) and found.get("compacted_weights") == weights and old["data"]["sha256"]["dev"] == dev.sha256:
-        return print(f"{out}: finished before, its results.json is there")
-    features = ts.Features(dev, load_tokenizer(folder), config, training=False)
-    masked = ts.load_pruning(folder).eval().to(config.device)
-    small = compact(masked)
-    some = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.seed))[:1024].numpy()
-    worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),
-                  lambda s, e, context: ts.best_spans(s, e, context, config.max_answer))
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in ("results.json", "masks.json"):
-        (out / stale).unlink(missing_ok=True)
-    write_json(out / "run.json", {**trained, "command": command, "compacted": source, "compacted_weights": weights})
-    save_model(small, out, folder / "vocab.txt")
-    if hasattr(masked.bert.layers[0].ffn.fc1, "parametrizations"):
-        write_json(out / "masks.json", mask_rows(masked))
-    small = load_model(out)
-    before, after = (ts.evaluate(model, features, config, out) for model in (masked, small))
-    of_masked = counted(masked)
-    sizes = counted(small) | dict(heads_authors_rule=of_masked["heads_authors_rule"])
-    ts.write_results(out, config, None, dev, **after, exact_match_masked=before["exact_match"], f1_masked=before["f1"],
-                     density_masked=of_masked["density"], **sizes, max_abs_logit_difference=worst, command=command,
-                     seconds=time.monotonic() - began)
+    contents = {"contents of dev": dev.sha256, **ts.contents_of("run", folder)}
+
+    with ts.held(out):
+        if ts.claim(config, contents, command, compacted=folder):
+            print(f"{out}: finished before, its results.json is there")
+            return
+        features = ts.Features(dev, load_tokenizer(folder), config, training=False)
+        masked = ts.load_pruning(folder).eval().to(config.device)
+        small = compact(masked)
+        # No model is written before the two are seen to be one function, on 1,024 windows at random.
+        some = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.seed))[:1024].numpy()
+        worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),
+                      lambda s, e, context: ts.best_spans(s, e, context, config.max_answer))
+        save_model(small, out, folder / "vocab.txt")
+        if hasattr(masked.bert.layers[0].ffn.fc1, "parametrizations"):
+            write_json(out / "masks.json", mask_rows(masked))
+        small = load_model(out)
+        before, after = (ts.evaluate(model, features, config, out) for model in (masked, small))
+        of_masked = counted(masked)
+        sizes = counted(small) | dict(heads_authors_rule=of_masked["heads_authors_rule"])
+        ts.write_results(out, config, None, dev, **after, exact_match_masked=before["exact_match"], f1_masked=before["f1"],
+                         density_masked=of_masked["density"], **sizes, max_abs_logit_difference=worst, command=command,
+                         seconds=time.monotonic() - began)
     print(f"{draw(small.config)}\n{out}: F1 {before['f1']:.2f} masked, {after['f1']:.2f} compact; the largest logit "
           f"difference over {len(some)} windows in fp32 is {worst:.1e}")
+
+
+def scored(folder: Path) -> dict:
+    """The results.json of a folder; ValueError where it has none of the files that are there."""
+    results = ts.scored(folder)
+    if results is None:
+        raise ValueError(f"{folder}/results.json is missing or not of the weights beside it: run what "
+                         "made it again")
+    return results
 
 
 def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -> None:
@@ -217,10 +233,10 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -
     results.json of one is not of its weights.
     """
     data = data and ts.settle(ts.Config(data=data)).data
-    rows = [read_json(folder / "results.json", "data", "f1") for folder in folders]
-    if stale := [str(folder) for folder in folders if not ts.scored(folder)]:
-        raise ValueError(f"results.json is not of the weights beside it: {', '.join(stale)}. Run what made it again")
-    dev_sets = {(d["sha256"]["dev"], d["dev_questions"]) for d in (row["data"] for row in rows)}
+    rows = [scored(folder) for folder in folders]
+    dev_sets = set()
+    for results in rows:
+        dev_sets.add((results["data"]["sha256"].get("dev"), results["data"].get("dev_questions")))
     if len(dev_sets) > 1 or data and next(iter(dev_sets))[0] != ts.read_squad(data, ts.file_name("dev", v2)).sha256:
         raise ValueError("the models were not scored on the same dev questions")
     models = [load_model(folder) for folder in folders]
@@ -235,7 +251,10 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -
         results.update({**counted(model), **{k: results[k] for k in ("heads_authors_rule",) if k in results}})
         results.update(latency_ms=ms, speedup=times[0] / ms, batch=batch, length=length, device=device,
                        threads=torch.get_num_threads(), flops_ratio=flops(full, length) / flops(model.config, length))
-        write_json(folder / "results.json", results)
+        with ts.held(folder):
+            for path in ts.half_written(folder):    # by a table that was killed
+                path.unlink()
+            write_json(folder / "results.json", results)
         p, heads = results["parameters"], f"{sum(results['heads']):3}/{sum(full.heads)}"
         print(f"{folder.name:16} {results['exact_match']:6.2f} {results['f1']:6.2f} {p['linear_nonzero'] / 1e6:7.2f}M "
               f"{results['density']:8.3f} {p['total'] / 1e6:7.2f}M {heads:>7} "
@@ -243,10 +262,11 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -
         table.append({"model": folder.name, **results})
     write_json(folders[0].parent / "summary.json", table)
     print(f"forward pass of {batch} x {length} word pieces in fp32 on {device}, {torch.get_num_threads()} threads. "
-          + ("The built-in made-up corpus, NOT SQuAD." if table[0]["data"]["name"] == "builtin" else ""))
+          + ("The built-in made-up corpus, NOT SQuAD." if table[0]["data"].get("name") == "builtin" else ""))
 
 
 def main(argv: list[str] | None = None) -> int:
+    ts.forgiving_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="the run folder to compact")
     parser.add_argument("--out", type=Path, help="the folder to write")
@@ -256,19 +276,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dev-questions", type=int, help="as in train_squad.py; default: that of the run")
     parser.add_argument("--batch", type=int, default=32, help="rows of the timed forward pass")
     parser.add_argument("--length", type=int, default=128, help="word pieces in each of them")
+    if argv is None:
+        argv = sys.argv[1:]
     a = parser.parse_args(argv)
-    try:
-        if a.compare:
-            compare(a.compare, a.data, a.v2, a.batch, a.length)
-        elif a.folder and a.out:
-            run(a.folder, a.out, a.data, a.v2, a.dev_questions,
-                shlex.join(["python", "compact.py", *(sys.argv[1:] if argv is None else argv)]))
-        else:
-            parser.error("give a run folder and --out, or --compare")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if a.compare:
+        return ts.exit_status(compare, a.compare, a.data, a.v2, a.batch, a.length)
+    if not a.folder or not a.out:
+        parser.error("give a run folder and --out, or --compare")
+    return ts.exit_status(run, a.folder, a.out, a.data, a.v2, a.dev_questions,
+                          shlex.join(["python", "compact.py", *argv]))
 
 
 if __name__ == "__main__":

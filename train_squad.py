@@ -19,6 +19,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -44,7 +45,7 @@ import torch.nn.functional as F
 
 import blockprune
 from bert import (BertForQuestionAnswering, load_model, load_tokenizer, read_json, read_safetensors,
-                  replacing, save_model, weights_sha256, write_json, write_safetensors)
+                  replacing, save_model, write_json, write_safetensors)
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -513,6 +514,7 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None,
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cut off, or not JSON: {error}") from None
     squad = Squad([], [], hashlib.sha256(raw).hexdigest())
+    ids = set()
 
     def get(node, key, kind, where):
         """node[key], which must be there and of that type."""
@@ -536,7 +538,14 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None,
                 if not answers and qa.get("is_impossible") is not True:
                     raise ValueError(f"{path}: {where_asked} has no answer, and is not said to be "
                                      "impossible")
+                # Some sets number their questions. Scores are by id, so each has its own.
+                if type(qa.get("id")) is int:
+                    qa["id"] = str(qa["id"])
                 question_id = get(qa, "id", str, where_asked)
+                if question_id in ids:
+                    raise ValueError(f"{path}: {where_asked} has the id {question_id!r}, as another "
+                                     "question has")
+                ids.add(question_id)
                 question = get(qa, "question", str, where_asked)
                 squad.questions.append((question_id, question, len(squad.passages), answers))
             squad.passages.append(get(paragraph, "context", str, where))
@@ -969,8 +978,12 @@ def report(out: Path, line: dict, total: int, config: Config) -> None:
     line.update(zip(names, means))
     if processes(config.device)[0] > 0:
         return
-    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
-        print(json.dumps(line), file=log)
+    path = out / "log.jsonl"
+    try:
+        with open(path, "a", encoding="utf-8") as log:
+            print(json.dumps(line), file=log)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     text = f"{out.name} {line['step']}/{total}  loss {line['loss']:.3f}  ce {line['ce']:.3f}"
     if line["density"]:
         text += f"  τ {line['threshold']:.3f}  density {line['density']['all']:.3f}"
@@ -990,7 +1003,7 @@ def save_checkpoint(path: Path, model, optimizer, device: str, step: int, second
         try:
             torch.save(state, temporary)
         except RuntimeError as error:       # which is what torch makes of a full disk
-            raise OSError(f"{path} cannot be written: {error}") from None
+            raise OSError(str(error)) from None
 
 
 def restore(path: Path, model, optimizer, device: str, total: int) -> tuple[int, float]:
@@ -1007,8 +1020,10 @@ def restore(path: Path, model, optimizer, device: str, total: int) -> tuple[int,
             state = torch.load(path, map_location="cpu", weights_only=True)
             step = state["step"]
             seconds = state["seconds"]
-            if not (type(step) is int and 0 <= step <= total):
+            if type(step) is not int or not 0 <= step <= total:
                 raise ValueError(f"step {step!r} of {total}")
+            if type(seconds) is not float or not 0 <= seconds < math.inf:
+                raise ValueError(f"{seconds!r} seconds")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["random_states"]["cpu"])
@@ -1030,10 +1045,14 @@ def cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not the log of a run: {error}") from None
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 # ----------------------------------------------------------------- run folders: pruning and results
@@ -1084,31 +1103,66 @@ def write_results(folder: str | Path, config: Config, training: Squad | None, de
 
     training: None for a model that was not trained here.
     """
-    sha256 = {"train": None, "dev": dev.sha256}
+    of_data = {"train": None, "dev": dev.sha256}
     train_questions = None
     if training is not None:
-        sha256["train"] = training.sha256
+        of_data["train"] = training.sha256
         train_questions = len(training.questions)
-    data = dict(name=Path(config.data).name, sha256=sha256, train_questions=train_questions,
+    data = dict(name=Path(config.data).name, sha256=of_data, train_questions=train_questions,
                 dev_questions=len(dev.questions))
+    sha256 = folder_sha256(folder)
     results = dict(data=data, seed=config.seed, precision=config.precision,
-                   weights_sha256=weights_sha256(folder), **values)
+                   weights_sha256=sha256["model.safetensors"], files_sha256=sha256, **values)
     write_json(Path(folder, "results.json"), results)
 
 
 def scored(folder: Path) -> dict | None:
-    """The results.json of a folder; None where there is none, or it is not of the weights there."""
-    if not (folder / "results.json").is_file() or not (folder / "model.safetensors").is_file():
+    """The results.json of a folder; None where it has none that is whole, and of the files there."""
+    path = folder / "results.json"
+    if not path.is_file():
         return None
-    results = read_json(folder / "results.json")
-    if results.get("weights_sha256") != weights_sha256(folder):
+    try:
+        results = read_json(path, "exact_match", "f1", "weights_sha256", "data")
+    except ValueError:
+        return None
+    if not isinstance(results["data"], dict) or not isinstance(results["data"].get("sha256"), dict):
+        return None
+    there = folder_sha256(folder)
+    # Those of older versions are of the weights alone.
+    was = results.get("files_sha256")
+    if was is None:
+        was = {**there, "model.safetensors": results["weights_sha256"]}
+    if was != there:
         return None
     return results
 
 
 # ------------------------------------------------------------------------ run folders: whose they are
 
-NOT_COMPARED = ("out", "log_every", "checkpoint_every")     # may change when a run goes on
+# A run is known by its settings and by the contents of what it starts from. Where that lies may
+# change when it goes on, and so may how often it speaks; all that a preset sets is a setting.
+NOT_COMPARED = ("data", "init", "teacher", "out", "preset", "log_every", "checkpoint_every")
+MODEL_FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
+               "model.safetensors", "pytorch_model.bin", "pruning.safetensors")
+
+
+def folder_sha256(folder: str | Path) -> dict[str, str]:
+    """The SHA-256 of each file that is read from a model folder, by the file's name."""
+    sha256 = {}
+    for name in MODEL_FILES:
+        path = Path(folder, name)
+        if path.is_file():
+            with open(path, "rb") as file:
+                sha256[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256
+
+
+def contents_of(part: str, folder: str | Path) -> dict[str, str | None]:
+    """folder_sha256() as run.json has it. None for a file that is not there, or for no folder."""
+    sha256 = {}
+    if folder:
+        sha256 = folder_sha256(folder)
+    return {f"contents of {part}/{name}": sha256.get(name) for name in MODEL_FILES}
 
 
 @contextlib.contextmanager
@@ -1126,44 +1180,84 @@ def held(out: Path):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{out}: another process is at work in it") from None
-        for path in out.glob("*.tmp"):      # of one that was killed while it wrote
-            path.unlink()
         yield
     finally:
         os.close(folder)
 
 
-def claim(config: Config, command: str, contents: dict) -> bool:
+def half_written(folder: Path) -> set[Path]:
+    """What bert.replacing() leaves where its process is killed."""
+    return set(folder.glob("*.[0-9]*.tmp"))
+
+
+def claim(config: Config, contents: dict, command: str, compacted: Path | None = None) -> bool:
     """Make the run folder ours; True if its run is finished. ValueError if it holds another run.
 
-    contents: the sha256 of what the run starts from; they must be what they were, as the settings.
+    contents: the SHA-256 of all that the run starts from, by what it is to the run.
+    compacted: the folder, where the run is a compaction.
     """
+    # Is it a folder of ours, of the same kind? What a killed process left half-written is no matter.
     out = Path(config.out)
-    settings = {name: value for name, value in vars(config).items() if name not in NOT_COMPARED}
-    found = {}
-    if (out / "run.json").is_file():
-        found = read_json(out / "run.json")
-    is_training = isinstance(found.get("settings"), dict) and "compacted" not in found
-    if not is_training and any(out.iterdir()):
+    found = read_run(out)
+    ours = found is not None and ("compacted" in found) == (compacted is not None)
+    if not ours and set(out.iterdir()) != half_written(out):
         raise ValueError(f"{out} is there, and no run of ours: use another --out")
+    for path in half_written(out):
+        path.unlink()
 
-    if is_training:
-        before = {**contents, **found["settings"], **found.get("contents", {})}
+    if ours:
+        # Is it the same run? What an older one did not write down counts as unchanged.
+        before = {**found["settings"], **found["contents"]}
         changed = []
-        for name, value in {**settings, **contents}.items():
-            if before.get(name) != value:
-                changed.append(f"{name} was {before.get(name)!r} and is {value!r}")
-        begun = (out / "checkpoint.pt").exists() or (out / "results.json").exists()
-        if changed and begun:
-            raise ValueError(f"{out} holds a run of other settings: {', '.join(changed)}. Use another "
-                             "--out")
+        for name, value in {**vars(config), **contents}.items():
+            was = before.get(name, value)
+            if was != value and name not in NOT_COMPARED:
+                changed.append(f"{name} was {was!r} and is {value!r}")
         if not changed:
             return scored(out) is not None
+        # Another one may have the folder as long as nothing was made in it.
+        for name in ("checkpoint.pt", "model.safetensors", "results.json"):
+            if (out / name).exists():
+                raise ValueError(f"{out} holds a run of other settings: {', '.join(changed)}. Use "
+                                 "another --out")
 
-    world = processes(config.device)[1]
-    write_json(out / "run.json", dict(settings=settings, contents=contents, command=command,
-                                      processes=world, **surroundings(config.device)))
+    run_json = dict(settings=vars(config), contents=contents, command=command,
+                    processes=processes(config.device)[1], **surroundings(config.device))
+    if compacted is not None:
+        run_json["compacted"] = str(compacted)
+    write_json(out / "run.json", run_json)
     return False
+
+
+def read_run(folder: Path) -> dict | None:
+    """The run.json of a folder, with every setting of today's; None where there is none of ours."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    settings = found.get("settings")
+    contents = found.setdefault("contents", {})
+    if not isinstance(settings, dict) or not isinstance(contents, dict):
+        return None
+
+    # Runs of older versions: other names, fewer settings, and of a folder its weights alone.
+    if "dense_lambda" in settings:
+        settings["ffn_lambda"] = settings.pop("dense_lambda")
+    for part in ("init", "teacher"):
+        if f"contents of {part}" in contents:
+            weights = contents.pop(f"contents of {part}") or None
+            contents[f"contents of {part}/model.safetensors"] = weights
+    settings = {**vars(Config()), **settings}
+    found["settings"] = settings
+
+    kinds = {field.name: kinds_of(field) for field in dataclasses.fields(Config)}
+    for name, value in settings.items():
+        if name not in kinds:
+            raise ValueError(f"{path}: of another version, with a setting {name!r}")
+        allowed = choices_of(name)
+        if type(value) not in kinds[name] or (allowed and value not in (None, *allowed)):
+            raise ValueError(f"{path}: {name} cannot be {value!r}")
+    return found
 
 
 def surroundings(device: str) -> dict:
@@ -1186,10 +1280,10 @@ def surroundings(device: str) -> dict:
 def run(config: Config, command: str) -> None:
     """One run, from settings to results.json: train, save, read back what was saved, score that."""
     out = Path(config.out)
-    if config.precision is None and (out / "run.json").is_file():
+    before = read_run(out)
+    if config.precision is None and before is not None:
         # A run keeps the precision that it began with, whatever machine it goes on on.
-        before = read_json(out / "run.json", "settings")["settings"]
-        config = dataclasses.replace(config, precision=before.get("precision"))
+        config = dataclasses.replace(config, precision=before["settings"]["precision"])
     config = settle(config)
     rank, world = processes(config.device)
     if config.batch % world != 0:
@@ -1219,15 +1313,13 @@ def run(config: Config, command: str) -> None:
         add_masks(model, config.method, config.block)
 
     contents = {"contents of data": training.sha256, "contents of dev": dev.sha256,
-                "contents of init": weights_sha256(config.init), "contents of teacher": ""}
-    if config.teacher:
-        contents["contents of teacher"] = weights_sha256(config.teacher)
+                **contents_of("init", config.init), **contents_of("teacher", config.teacher)}
 
     # One process writes and is scored; torchrun's others only train.
     with held(out) if rank == 0 else contextlib.nullcontext():
         finished = False
         if rank == 0:
-            finished = claim(config, command, contents)
+            finished = claim(config, contents, command)
         if mean_over_processes([float(finished)])[0] > 0:
             print(f"{out}: finished before, its results.json is there")
             return
@@ -1277,9 +1369,9 @@ def ask(folder: str, config: Config) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {parameters / 1e6:.1f} M parameters. Give a passage, then questions; an empty "
           "line ends.")
-    passage = input("passage:  ")
+    passage = line_from_terminal("passage:  ")
     while True:
-        question = input("question: ")
+        question = line_from_terminal("question: ")
         if not question:
             return
         began = time.perf_counter()
@@ -1291,32 +1383,63 @@ def ask(folder: str, config: Config) -> None:
         print(f"          {answer}, score {span_score:.1f}, {milliseconds:.0f} ms")
 
 
+def line_from_terminal(prompt: str) -> str:
+    """A line; where there are no more, an empty one."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return ""
+
+
 def score_file(predictions_file: str, dev_file: str) -> None:
     """Print EM and F1 of a file of predictions, as the official scorers do."""
     dev_path = Path(dev_file.removesuffix(".xz"))
-    predictions = {}
-    for question_id, text in read_json(predictions_file).items():
-        predictions[question_id] = str(text)
-    print(json.dumps(score(predictions, read_squad(dev_path.parent, dev_path.name).truths())))
+    truths = read_squad(dev_path.parent, dev_path.name).truths()
+    predictions = read_json(predictions_file)
+    for question_id, text in predictions.items():
+        if type(text) is not str:
+            raise ValueError(f"{predictions_file}: the prediction of {question_id!r} is no text")
+    missing = len(set(truths) - set(predictions))
+    if missing > 0:
+        print(f"{missing} of {len(truths)} questions have no prediction", file=sys.stderr)
+    print(json.dumps(score(predictions, truths)))
+
+
+def kinds_of(field: dataclasses.Field) -> tuple[type, ...]:
+    """The types that a setting may have: of `int | None` int and NoneType, of float an int too."""
+    kinds = typing.get_args(field.type) or (field.type,)
+    if float in kinds:
+        kinds = (*kinds, int)
+    return kinds
+
+
+@functools.cache
+def comments() -> dict[str, str]:
+    """What Config says of each setting."""
+    return dict(re.findall(r"^    (\w+): .*?# *(.*)", inspect.getsource(Config), re.M))
+
+
+def choices_of(name: str) -> list[str] | None:
+    """The words that a setting may be, where its comment has them in braces."""
+    in_braces = re.match(r"\{(.*?)\}", comments()[name])
+    if in_braces is None:
+        return None
+    return in_braces[1].split(",")
 
 
 def parse(argv: list[str] | None) -> dict:
     """One flag for each field of Config, with its comment as the help."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = dict(re.findall(r"^    (\w+): .*?#(.*)", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
-        help_text = comments[field.name].strip().replace("%", "%%")
-        kind = (typing.get_args(field.type) or (field.type,))[0]        # of `int | None`: int
+        help_text = comments()[field.name].replace("%", "%%")
+        kind = kinds_of(field)[0]
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=help_text)
             continue
-        choices = None
-        in_braces = re.match(r"\{(.*?)\}", help_text)
-        if in_braces:
-            choices = in_braces[1].split(",")
-        parser.add_argument(flag, type=kind, default=field.default, choices=choices, help=help_text)
+        parser.add_argument(flag, type=kind, default=field.default, choices=choices_of(field.name),
+                            help=help_text)
     parser.add_argument("--score", nargs=2, metavar=("PREDICTIONS", "DEV"),
                         help="print EM and F1 of a file")
     parser.add_argument("--ask", metavar="FOLDER",
@@ -1325,21 +1448,24 @@ def parse(argv: list[str] | None) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 for what is refused, in one line; 130 when interrupted."""
     forgiving_output()
     if argv is None:
         argv = sys.argv[1:]
     arguments = parse(argv)
     files = arguments.pop("score")
     folder = arguments.pop("ask")
+    config = Config(**arguments)
+    if folder:
+        return exit_status(ask, folder, config)
+    if files:
+        return exit_status(score_file, *files)
+    return exit_status(run, config, shlex.join(["python", "train_squad.py", *argv]))
+
+
+def exit_status(work, *arguments) -> int:
+    """Call work(*arguments). 0; 2 for what is refused, in one line; 130 when interrupted."""
     try:
-        if folder:
-            with contextlib.suppress(EOFError):
-                ask(folder, Config(**arguments))
-        elif files:
-            score_file(*files)
-        else:
-            run(Config(**arguments), shlex.join(["python", "train_squad.py", *argv]))
+        work(*arguments)
     except torch.OutOfMemoryError as error:
         print(f"error: the GPU is full; a smaller --batch or --max-length needs less: "
               f"{str(error).splitlines()[0]}", file=sys.stderr)
@@ -1348,7 +1474,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from its last checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on where it can", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():

@@ -558,8 +558,10 @@ def test_results_have_every_key(tmp_path, trained):
     config = Config(data="some/where", device="cpu", precision="fp32", seed=3)
     save_model(tiny(), tmp_path)
     write_results(tmp_path, config, training, dev, f1=87.7, seconds=1.5)
+    files = ("config.json", "model.safetensors")
+    sha256 = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in files}
     assert json.loads((tmp_path / "results.json").read_text()) == dict(
         f1=87.7, precision="fp32", seed=3, seconds=1.5,
-        weights_sha256=hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest(),
+        weights_sha256=sha256["model.safetensors"], files_sha256=sha256,
         data=dict(name="where", sha256=dict(train="5eed" if trained else None, dev="de5"),
                   train_questions=5 if trained else None, dev_questions=2))

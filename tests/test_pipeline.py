@@ -135,7 +135,8 @@ def test_every_folder_holds_its_files_and_every_result_its_keys(chain):
     files = dict(teacher=run, hybrid=run | {"pruning.safetensors"}, small=model | {"masks.json"}, filled=run)
     of_compaction = {"exact_match_masked", "f1_masked", "density_masked", "max_abs_logit_difference"}
     keys = set("""exact_match f1 parameters density heads heads_authors_rule ffn latency_ms speedup
-        flops_ratio batch length device threads precision data seed command seconds weights_sha256""".split())
+        flops_ratio batch length device threads precision data seed command seconds weights_sha256
+        files_sha256""".split())
     for name in CHAIN:
         assert {path.name for path in (chain / name).iterdir()} == files[name]      # and no temporary file
         results, sizes = read(chain / name / "results.json"), [t.numel() for t in matrices(chain / name).values()]
@@ -618,26 +619,6 @@ def test_results_older_than_their_weights_are_seen(chain, tmp_path, capsys):
     assert compact.main([f"{tmp_path}/run", "--out", f"{tmp_path}/small"]) == 0 and "finished before" in capsys.readouterr().out
 
 
-def test_a_compaction_broken_half_way_is_no_finished_one(chain, tmp_path, monkeypatch, capsys):
-    """Of a run that was trained anew: the old weights and results are still there when it breaks."""
-    shutil.copytree(chain / "hybrid", tmp_path / "run")
-    again = [f"{tmp_path}/run", "--out", f"{tmp_path}/small"]
-    assert compact.main(again) == 0
-    first = read(tmp_path / "small/results.json")
-    for name in ("pruning.safetensors", "model.safetensors"):
-        tensors = read_safetensors(tmp_path / "run" / name)
-        write_safetensors({n: t * (0.9 if "output.dense" in n or "ffn" in n else 1) for n, t in tensors.items()}, tmp_path / "run" / name)
-
-    def interrupted(*_, **__):
-        raise OSError("broken")
-    with monkeypatch.context() as patch:
-        patch.setattr(compact, "save_model", interrupted)
-        assert compact.main(again) == 2
-    capsys.readouterr()
-    assert compact.main(again) == 0 and "finished before" not in capsys.readouterr().out
-    assert read(tmp_path / "small/results.json")["weights_sha256"] != first["weights_sha256"]
-
-
 def test_a_run_whose_start_has_changed_is_not_taken_for_finished(chain, tmp_path, capsys):
     """The same paths, but --init or --data hold something else now."""
     shutil.copytree(chain / "bert", tmp_path / "bert")
@@ -653,7 +634,8 @@ def test_a_run_whose_start_has_changed_is_not_taken_for_finished(chain, tmp_path
         assert train(chain, *run, init=tmp_path / "bert") == 2
         said = one_line(capsys)
         assert what in said and said.count(" was ") == 1
-        assert compact.main(compaction) == 0 and ("finished before" in capsys.readouterr().out) == (path is not dev)
+        assert compact.main(compaction) == (2 if path is dev else 0)
+        assert ("contents of dev was " if path is dev else "finished before") in "".join(capsys.readouterr())
         path.write_bytes(before)
     assert train(chain, *run, init=tmp_path / "bert") == 0 and "finished before" in capsys.readouterr().out
 
@@ -711,7 +693,8 @@ def test_a_compaction_that_changes_the_function_and_a_table_of_no_results(chain,
 
     monkeypatch.setattr(compact, "compact", wrong)
     assert compact.main([f"{chain}/hybrid", "--out", f"{tmp_path}/small"]) == 2
-    assert "differs" in one_line(capsys) and not (tmp_path / "small").exists()
+    assert "differs" in one_line(capsys)
+    assert [path.name for path in (tmp_path / "small").iterdir()] == ["run.json"]
     before = snapshot(chain)
     for folders, length, said in ((["teacher"], "65", "64 positions"), (["teacher", "bert"], "48", "bert.results.json")):
         folders = [f"{chain}/{name}" for name in folders]
