@@ -536,12 +536,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def save_model(model: BertForQuestionAnswering, folder: str | Path,
-               vocab: str | Path | None = None, tokenizer_from: str | Path | None = None,
-               **extra) -> None:
+               tokenizer_from: str | Path | None = None, **extra) -> None:
     """Write a model folder: config.json, model.safetensors with masks folded in, tokenizer files.
 
     tokenizer_from: a model folder to copy the tokenizer files from; None for none.
-    vocab: the same, by the place of its vocab.txt.
     extra: more keys for config.json.
     """
     folder = Path(folder)
@@ -565,8 +563,6 @@ def save_model(model: BertForQuestionAnswering, folder: str | Path,
     write_json(folder / "config.json", values)
 
     # 3. The tokenizer, as it is: a cased one stays cased, here and in `transformers`.
-    if vocab is not None:
-        tokenizer_from = Path(vocab).parent
     if tokenizer_from is not None:
         _copy_tokenizer(Path(tokenizer_from), folder)
 

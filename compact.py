@@ -1,18 +1,22 @@
 """Cut what pruning emptied out of a BERT: a smaller dense network that computes the same function.
 
     python compact.py R/hybrid --data D --out R/hybrid-compact        compact, check on real text, score
-    python compact.py --compare R/teacher R/hybrid-compact R/filled --data D        the table, with speed
+    python compact.py --compare R/teacher R/hybrid-compact R/filled --data D     the table, with speed
 
-compact() needs bert.py and blockprune.py: heads and FFN dimensions go, the residual width E stays. After Lagunas
-et al. 2021 (the authors' compile_model and optimize_model, huggingface/nn_pruning at 0cef2b2,
-nn_pruning/patch_coordinator.py and inference_model_patcher.py), but exact where they are not.
+Attention heads and inner dimensions of the feed-forward layers go; the residual width E stays. How
+they are cut stands in blockprune.py, cut_heads() and cut_dimensions(); here are BERT, the check on
+real text, what is counted and timed, and the command line. After Lagunas et al. 2021 (the authors'
+compile_model and optimize_model, huggingface/nn_pruning at 0cef2b2, nn_pruning/patch_coordinator.py
+and inference_model_patcher.py), but exact where they are not.
 
-    E hidden size   H heads   D head size   F FFN width   (out, in) weights
+    E hidden size   H heads   D head size   F width of a feed-forward layer   B batch   T tokens
 Comments: `# Differs:` marks a deviation from the authors, `# Note:` a remark of ours.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
+import json
 import math
 import shlex
 import statistics
@@ -23,153 +27,245 @@ from pathlib import Path
 import torch
 
 import blockprune
-from bert import (BertConfig, BertForQuestionAnswering, hf_tensors, load_model, load_tokenizer, save_model,
-                  write_json)
 import train_squad as ts
+from bert import (BertConfig, BertForQuestionAnswering, hf_tensors, load_model, load_tokenizer,
+                  replacing, save_model, write_json)
 
-# ------------------------------------------------------------------------------------- compaction
+# -------------------------------------------------------------------------------------- compaction
+
 
 @torch.no_grad()
 def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
     """A smaller model with the same function: in eval mode, for rows with at least one real token.
 
-    model: masked, baked, dense or compacted, of finite weights; it is left as it is. Heads and FFN dimensions
-    that add nothing or a constant go, and the constants go into the bias that follows: see cut_heads() and
-    cut_dimensions() of blockprune.py.
-
+    model: masked, baked, dense or compacted, of finite weights; it is left as it is. What adds
+    nothing or a constant is cut, and the constant goes into the bias that follows.
     # Differs: the reference drops the constants, and keeps at least one head and one dimension a layer.
     """
-    small = blockprune.bake(copy.deepcopy(model))
+    device = model.qa_outputs.weight.device
+    small = copy.deepcopy(model)
+    if device.type == "mps":
+        small = small.cpu()     # Note: constants are folded in fp64, which an Apple GPU does not have
+    small = blockprune.bake(small)
     for layer in small.bert.layers:
-        a, ffn = layer.attention, layer.ffn
-        a.heads = blockprune.cut_heads(a.query, a.key, a.value, a.out, model.config.head_size)
+        attention, ffn = layer.attention, layer.ffn
+        attention.heads = blockprune.cut_heads(attention.query, attention.key, attention.value,
+                                               attention.out, model.config.head_size)
         ffn.width = blockprune.cut_dimensions(ffn.fc1, ffn.fc2, ffn.act)
-    small.config = dataclasses.replace(model.config, heads=[layer.attention.heads for layer in small.bert.layers],
-                                       ffn=[layer.ffn.width for layer in small.bert.layers])
-    return small
+    # The configuration says how many of each are left, a number a layer.
+    heads = [layer.attention.heads for layer in small.bert.layers]
+    widths = [layer.ffn.width for layer in small.bert.layers]
+    small.config = dataclasses.replace(model.config, heads=heads, ffn=widths)
+    return small.to(device)
 
 
 @torch.no_grad()
 def heads_authors_rule(model: BertForQuestionAnswering) -> list[int]:
-    """Heads left in each layer by the reference's rule: Q, K and V not empty, and at least one (not exact)."""
+    """How many heads the reference would leave in each layer: those with none of Q, K and V empty.
+
+    At least one stays in a layer that has any. Not exact: see cut_heads() of blockprune.py.
+    Source: nn_pruning/inference_model_patcher.py.
+    """
     D = model.config.head_size
-    return [max(min(1, a.heads), int(torch.stack([(w.view(-1, D * w.shape[1]) != 0).any(1) for w in (
-            a.query.weight, a.key.weight, a.value.weight)]).all(0).sum()))
-            for a in (layer.attention for layer in model.bert.layers)]
+    left = []
+    for layer in model.bert.layers:
+        attention = layer.attention
+        kept = torch.ones(attention.heads, dtype=torch.bool)
+        for linear in (attention.query, attention.key, attention.value):
+            rows_of_head = linear.weight.view(attention.heads, D * linear.weight.shape[1])
+            kept &= (rows_of_head != 0).any(dim=1).cpu()
+        at_least = min(1, attention.heads)
+        left.append(max(at_least, int(kept.sum())))
+    return left
 
 
-# ----------------------------------------------------------------------------------------- counts
+# ----------------------------------------------------------------------- the check on real text
+
+
+@torch.no_grad()
+def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batches,
+          best_spans) -> tuple[float, float]:
+    """Both models on the same batches: the largest |Δ logit| at a real token, and what is allowed.
+
+    Allowed is 1e-5 · max(1, max |logit|), and another best span only where the two are nearer to each
+    other than twice that. Raises ValueError otherwise.
+    batches: dicts with ids, types, real, context, each (B, T). best_spans(start, end, context) gives
+    the best span's score, first and last position, each (B,).
+    """
+    worst = torch.zeros(())
+    largest = 1.0
+    gaps = []       # where the best span is another one: how much worse it is, by the first model
+    for batch in batches:
+        real = batch["real"]
+        start, end = model(batch["ids"], batch["types"], real)
+        small_start, small_end = small(batch["ids"], batch["types"], real)
+        # Logits at padding mean nothing.
+        start = start.masked_fill(~real, 0)
+        end = end.masked_fill(~real, 0)
+        small_start = small_start.masked_fill(~real, 0)
+        small_end = small_end.masked_fill(~real, 0)
+
+        # Note: torch.maximum hands a NaN on, which max() would not.
+        difference = torch.stack([(start - small_start).abs(), (end - small_end).abs()]).max()
+        worst = torch.maximum(worst, difference.cpu())
+        largest = max(largest, float(start.abs().max()), float(end.abs().max()))
+
+        span_score, i, j = best_spans(start, end, batch["context"])
+        _, small_i, small_j = best_spans(small_start, small_end, batch["context"])
+        row = torch.arange(len(i), device=i.device)
+        gap = span_score - start[row, small_i] - end[row, small_j]      # (B,)
+        moved = (i != small_i) | (j != small_j)
+        gaps += gap[moved].tolist()
+
+    allowed = 1e-5 * largest
+    logits_agree = bool(worst <= allowed) and math.isfinite(allowed)
+    spans_agree = all(gap <= 2 * allowed for gap in gaps)
+    if not logits_agree or not spans_agree:
+        raise ValueError(f"the compacted model differs: |Δ logit| {worst:.2e} where {allowed:.2e} is "
+                         f"allowed, {len(gaps)} other spans. No model was written")
+    return worst.item(), allowed
+
+
+@contextlib.contextmanager
+def highest_precision():
+    """Products in full fp32. Some containers allow less, with which two equal models would differ."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ----------------------------------------------------------------------------- counts and speed
+
 
 @torch.no_grad()
 def count_parameters(model: BertForQuestionAnswering) -> dict[str, int]:
-    """Sizes of a model, masks folded in. "linear" are the matrices of the encoder: what density is of.
+    """Sizes of a model, masks folded in. "linear" are the encoder's matrices, which density is of.
 
-    linear: their elements; linear_nonzero: those that are not 0; linear_dense: their elements in the
-    dense model of the same configuration; encoder, total: all parameters, with biases and norms;
+    linear: their elements. linear_nonzero: those that are not 0. linear_dense: their elements in the
+    dense model of the same configuration. encoder, total: all parameters, biases and norms too.
     bytes: those of `total` in fp32.
     """
-    c, tensors = model.config, hf_tensors(model)
-    encoder = {name: t for name, t in tensors.items() if name.startswith("encoder.")}
-    linear = [t for name, t in encoder.items() if t.dim() == 2]
-    total = sum(t.numel() for t in tensors.values())
-    return dict(linear=sum(t.numel() for t in linear), linear_nonzero=sum(int(t.count_nonzero()) for t in linear),
-                linear_dense=c.num_hidden_layers * (4 * c.hidden_size + 2 * c.intermediate_size) * c.hidden_size,
-                encoder=sum(t.numel() for t in encoder.values()), total=total, bytes=4 * total)
+    tensors = hf_tensors(model)
+    encoder = [tensor for name, tensor in tensors.items() if name.startswith("encoder.")]
+    matrices = [tensor for tensor in encoder if tensor.dim() == 2]
+    c = model.config
+    dense_layer = (4 * c.hidden_size + 2 * c.intermediate_size) * c.hidden_size
+    total = sum(tensor.numel() for tensor in tensors.values())
+    return {
+        "linear": sum(tensor.numel() for tensor in matrices),
+        "linear_nonzero": sum(int(tensor.count_nonzero()) for tensor in matrices),
+        "linear_dense": c.num_hidden_layers * dense_layer,
+        "encoder": sum(tensor.numel() for tensor in encoder),
+        "total": total,
+        "bytes": 4 * total,
+    }
+
+
+def counted(model: BertForQuestionAnswering) -> dict:
+    """What results.json says of a model's size. heads and ffn are those that compaction leaves.
+
+    density is non-zero / dense linear weights: a weight that a mask keeps may still be zero.
+    """
+    parameters = count_parameters(model)
+    small = compact(model).config
+    return {
+        "parameters": parameters,
+        "density": parameters["linear_nonzero"] / parameters["linear_dense"],
+        "heads": small.heads,
+        "heads_authors_rule": heads_authors_rule(model),
+        "ffn": small.ffn,
+    }
 
 
 def flops(config: BertConfig, length: int) -> int:
-    """Floating point operations of one row's forward pass, 2 for each multiply-add, products alone.
-
-    For T tokens a layer of H heads and width F has 4 · T · E · HD (projections), 2 · T² · HD (scores
-    and the mean they weigh) and 2 · T · E · F multiply-adds; the QA head 2 · T · E.
-    """
-    T, E, D = length, config.hidden_size, config.head_size
-    layers = sum(4 * T * E * H * D + 2 * T * T * H * D + 2 * T * E * F for H, F in zip(config.heads, config.ffn))
-    return 2 * (layers + 2 * T * E)
+    """Floating point operations of one row's forward pass: 2 for each multiply-add, products alone."""
+    T = length
+    E = config.hidden_size
+    D = config.head_size
+    multiply_adds = 0
+    for H, F in zip(config.heads, config.ffn):
+        multiply_adds += 4 * T * E * H * D      # query, key, value and out
+        multiply_adds += 2 * T * T * H * D      # Q Kᵀ, and the mean of V that it weighs
+        multiply_adds += 2 * T * E * F          # fc1 and fc2
+    multiply_adds += 2 * T * E                  # the QA head
+    return 2 * multiply_adds
 
 
 @torch.no_grad()
-def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: int = 9, precision: str = "fp32",
-              device: str = "cpu") -> list[list[float]]:
-    """Milliseconds of a forward pass, by model: the models take turns, of two passes each, of which the second counts.
+def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: int = 9,
+              precision: str = "fp32", device: str = "cpu") -> list[list[float]]:
+    """Milliseconds of `repeats` forward passes of each model, on random ids without padding.
 
-    So each finds its weights and its memory as it left them, not as the others did. Random ids without padding;
-    the models are moved to the device and set to eval mode.
+    The models take turns of two passes, of which the second counts: so each finds its weights and its
+    memory as it left them, not as the others did. They are moved to the device and set to eval mode.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, models[0].config.vocab_size, (batch, length), generator=generator).to(device)
-    synchronize = torch.get_device_module(device).synchronize       # nothing on a CPU
+    ids = torch.randint(0, models[0].config.vocab_size, (batch, length), generator=generator)
+    ids = ids.to(device)
+    synchronize = torch.get_device_module(device).synchronize       # waits for a GPU; nothing on a CPU
+    for model in models:
+        model.eval().to(device)
     times: list[list[float]] = [[] for _ in models]
-    models = [model.eval().to(device) for model in models]
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):   # Note: so weights are cast once
-        for _ in range(1 + repeats):    # the first turn warms up
-            for model, spent in zip(models, times):
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        for _ in range(1 + repeats):        # the first turn warms up
+            for model, of_model in zip(models, times):
                 model(ids)
                 synchronize()
                 start = time.perf_counter()
                 model(ids)
                 synchronize()
-                spent.append(1000 * (time.perf_counter() - start))
-    return [spent[1:] for spent in times]
+                of_model.append(1000 * (time.perf_counter() - start))
+    return [of_model[1:] for of_model in times]
 
 
-# --------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------- pictures
+
 
 def draw(config: BertConfig) -> str:
-    """Heads and FFN width left in each layer, as text."""
-    full, most = config.num_attention_heads, config.intermediate_size
-    return "\n".join(f"layer {i:2}  heads {'■' * heads:·<{full}} {heads:2}/{full}   "
-                     f"ffn {'█' * round(24 * width / most):·<24} {width:4}/{most}"
-                     for i, (heads, width) in enumerate(zip(config.heads, config.ffn)))
+    """Heads and width left in each layer, as text."""
+    all_heads = config.num_attention_heads
+    full_width = config.intermediate_size
+    lines = []
+    for i, (heads, width) in enumerate(zip(config.heads, config.ffn)):
+        head_bar = "■" * heads + "·" * (all_heads - heads)
+        filled = round(24 * width / full_width)
+        width_bar = "█" * filled + "·" * (24 - filled)
+        lines.append(f"layer {i:2}  heads {head_bar} {heads:2}/{all_heads}   "
+                     f"ffn {width_bar} {width:4}/{full_width}")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
 def mask_rows(model: BertForQuestionAnswering) -> dict[str, dict[str, list[str]]]:
-    """The masks on the grid of blocks, a string of 0 and 1 a row, by layer and matrix."""
-    return {str(i): {name: ["".join("01"[int(x)] for x in row)
-                            for row in module.parametrizations.weight[0].block_mask()]
-                     for name, module in (*layer.attention.named_children(), *layer.ffn.named_children())}
-            for i, layer in enumerate(model.bert.layers)}
+    """The masks on the grid of blocks, a string of 0 and 1 for each of its rows, by layer and matrix."""
+    masks = {}
+    for i, layer in enumerate(model.bert.layers):
+        of_layer = {}
+        for part in (layer.attention, layer.ffn):
+            for name, linear in part.named_children():
+                grid = linear.parametrizations.weight[0].block_mask().int().tolist()
+                of_layer[name] = ["".join(map(str, row)) for row in grid]
+        masks[str(i)] = of_layer
+    return masks
 
 
-# -------------------------------------------------------------------------------- on disk, and the check
-
-@torch.no_grad()
-def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batches, spans) -> float:
-    """Both models on real text: the largest |Δ logit| at a real token. ValueError if it is too large.
-
-    Allowed is 1e-5 · max(1, max |logit|), and another best span only where two spans are nearer than
-    twice that. batches: ids, types, real, context; spans(start, end, context) → score, i, j.
-    """
-    worst, largest, doubtful = torch.zeros(()), 1.0, []
-    for batch in batches:
-        real = batch["real"]
-        (s, e), (s2, e2) = ([logits.masked_fill(~real, 0) for logits in m(batch["ids"], batch["types"], real)]
-                            for m in (model, small))
-        worst = torch.maximum(worst, torch.stack([(s - s2).abs(), (e - e2).abs()]).max().cpu())     # NaN stays NaN
-        largest = max(largest, float(s.abs().max()), float(e.abs().max()))
-        (value, i, j), (_, i2, j2) = spans(s, e, batch["context"]), spans(s2, e2, batch["context"])
-        row = torch.arange(len(i), device=i.device)
-        moved = (i != i2) | (j != j2)
-        doubtful += (value - s[row, i2] - e[row, j2])[moved].tolist()   # how much worse the other span is
-    tolerance = 1e-5 * largest
-    if not worst <= tolerance < math.inf or any(gap > 2 * tolerance for gap in doubtful):
-        raise ValueError(f"the compacted model differs: |Δ logit| {worst:.2e} where {tolerance:.2e} is allowed, "
-                         f"{len(doubtful)} other spans. No model was written")
-    return worst.item()
+def write_masks(path: Path, masks: dict[str, dict[str, list[str]]]) -> None:
+    """Write masks.json, a line a matrix."""
+    layers = []
+    for i, of_layer in masks.items():
+        matrices = [f'  "{name}": {json.dumps(rows)}' for name, rows in of_layer.items()]
+        layers.append(f' "{i}": {{\n' + ",\n".join(matrices) + "\n }")
+    with replacing(path) as temporary:
+        temporary.write_text("{\n" + ",\n".join(layers) + "\n}\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------- command line
-
-def counted(model: BertForQuestionAnswering) -> dict:
-    """What results.json says of a model's size. heads and ffn are those that compaction leaves."""
-    parameters = count_parameters(model)
-    small = compact(model).config
-    return dict(parameters=parameters, density=parameters["linear_nonzero"] / parameters["linear_dense"],
-                heads=small.heads, heads_authors_rule=heads_authors_rule(model), ffn=small.ffn)
+# ------------------------------------------------------------------------------------ command line
 
 
-def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
+def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None, device: str | None,
         command: str) -> None:
     """Compact a run folder into another: checked on real text, then scored as read back from disk."""
     began = time.monotonic()
@@ -181,7 +277,10 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
     # The settings are those of the run, but for what is scored, and where.
     config = ts.Config(**trained["settings"])
     config.out = str(out)
-    config.device = None
+    if device is not None:
+        config.device = device
+    elif not ts.device_works(config.device):
+        config.device = None
     if data:
         config.data = data
     if v2:
@@ -199,22 +298,44 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
         features = ts.Features(dev, load_tokenizer(folder), config, training=False)
         masked = ts.load_pruning(folder).eval().to(config.device)
         small = compact(masked)
-        # No model is written before the two are seen to be one function, on 1,024 windows at random.
-        some = torch.randperm(len(features), generator=torch.Generator().manual_seed(config.seed))[:1024].numpy()
-        worst = check(masked, small, (features.batch(some[i:i + 32], config.device) for i in range(0, len(some), 32)),
-                      lambda s, e, context: ts.best_spans(s, e, context, config.max_answer))
-        save_model(small, out, folder / "vocab.txt")
-        if hasattr(masked.bert.layers[0].ffn.fc1, "parametrizations"):
-            write_json(out / "masks.json", mask_rows(masked))
+        # No model is written before the two are seen to be one function.
+        windows, worst, allowed = check_on_dev(masked, small, features, config)
+        save_model(small, out, tokenizer_from=folder)
+        if list(blockprune.masks(masked)):
+            write_masks(out / "masks.json", mask_rows(masked))
+
+        # Both are scored, the smaller one as it is on disk.
         small = load_model(out)
-        before, after = (ts.evaluate(model, features, config, out) for model in (masked, small))
+        before = ts.evaluate(masked, features, config, out)
+        after = ts.evaluate(small, features, config, out)
         of_masked = counted(masked)
-        sizes = counted(small) | dict(heads_authors_rule=of_masked["heads_authors_rule"])
-        ts.write_results(out, config, None, dev, **after, exact_match_masked=before["exact_match"], f1_masked=before["f1"],
-                         density_masked=of_masked["density"], **sizes, max_abs_logit_difference=worst, command=command,
-                         seconds=time.monotonic() - began)
-    print(f"{draw(small.config)}\n{out}: F1 {before['f1']:.2f} masked, {after['f1']:.2f} compact; the largest logit "
-          f"difference over {len(some)} windows in fp32 is {worst:.1e}")
+        sizes = counted(small)
+        sizes["heads_authors_rule"] = of_masked["heads_authors_rule"]
+        ts.write_results(out, config, None, dev, **after, exact_match_masked=before["exact_match"],
+                         f1_masked=before["f1"], density_masked=of_masked["density"], **sizes,
+                         max_abs_logit_difference=worst, allowed_logit_difference=allowed,
+                         command=command, seconds=time.monotonic() - began)
+    print(draw(small.config))
+    print(f"{out}: F1 {before['f1']:.2f} masked, {after['f1']:.2f} compact; the largest difference of a "
+          f"logit over {windows} windows in fp32 is {worst:.1e}, {allowed:.1e} is allowed")
+
+
+def check_on_dev(masked: BertForQuestionAnswering, small: BertForQuestionAnswering,
+                 features: ts.Features, config: ts.Config) -> tuple[int, float, float]:
+    """check() on up to 1,024 windows of the dev set: how many they were, and what check() returns."""
+    generator = torch.Generator().manual_seed(config.seed)
+    windows = torch.randperm(len(features), generator=generator)[:1024].numpy()
+
+    def batches():
+        for first in range(0, len(windows), 32):
+            yield features.batch(windows[first:first + 32], config.device)
+
+    def best_spans(start, end, context):
+        return ts.best_spans(start, end, context, config.max_answer)
+
+    with highest_precision():
+        worst, allowed = check(masked, small, batches(), best_spans)
+    return len(windows), worst, allowed
 
 
 def scored(folder: Path) -> dict:
@@ -226,65 +347,98 @@ def scored(folder: Path) -> dict:
     return results
 
 
-def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int) -> None:
-    """The table of some run folders; speed is held against the first, measured in one go in fp32.
+def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int,
+            device: str | None) -> None:
+    """Print the table of some run folders; speed is held against the first, measured in one go in fp32.
 
-    ValueError if they were not all scored on the same dev set, that of the folder `data` if it is given, or if the
-    results.json of one is not of its weights.
+    What is counted and timed goes into each results.json, and the table into summary.json beside the
+    first folder. ValueError if they were not all scored on the same dev set, that of the folder `data`
+    if it is given, or if the results.json of one is not of its weights.
     """
-    data = data and ts.settle(ts.Config(data=data)).data
     rows = [scored(folder) for folder in folders]
-    dev_sets = set()
-    for results in rows:
-        dev_sets.add((results["data"]["sha256"].get("dev"), results["data"].get("dev_questions")))
-    if len(dev_sets) > 1 or data and next(iter(dev_sets))[0] != ts.read_squad(data, ts.file_name("dev", v2)).sha256:
-        raise ValueError("the models were not scored on the same dev questions")
+    check_dev_sets(rows, data, v2)
     models = [load_model(folder) for folder in folders]
-    if min(batch, length) < 1 or length > (most := min(model.config.max_position_embeddings for model in models)):
-        raise ValueError(f"--batch {batch}, --length {length}: over 0, and within the models' {most} positions")
-    device, full = "cuda" if torch.cuda.is_available() else "cpu", models[0].config
-    times = [statistics.median(t) for t in benchmark(models, batch, length, device=device)]
-    print(f"\n{'model':16} {'EM':>6} {'F1':>6} {'linear':>8} {'density':>8} {'total':>8} {'heads':>7} {'FLOPs':>7} "
-          f"{'ms':>7} {'speed':>6}")
+    most = min(model.config.max_position_embeddings for model in models)
+    if batch < 1 or not 1 <= length <= most:
+        raise ValueError(f"--batch {batch}, --length {length}: over 0, and within the models' {most} "
+                         "positions")
+    device = ts.pick_device(device)
+    threads = torch.get_num_threads()
+    times = [statistics.median(of_model) for of_model in benchmark(models, batch, length, device=device)]
+
+    print(f"\n{'model':16} {'EM':>6} {'F1':>6} {'linear':>8} {'density':>8} {'total':>8} {'heads':>7} "
+          f"{'FLOPs':>7} {'ms':>7} {'speed':>6}")
+    dense = models[0].config
     table = []
-    for folder, results, model, ms in zip(folders, rows, models, times):
-        results.update({**counted(model), **{k: results[k] for k in ("heads_authors_rule",) if k in results}})
-        results.update(latency_ms=ms, speedup=times[0] / ms, batch=batch, length=length, device=device,
-                       threads=torch.get_num_threads(), flops_ratio=flops(full, length) / flops(model.config, length))
+    for folder, results, model, milliseconds in zip(folders, rows, models, times):
+        # A compacted model's rule of the authors was counted on the masked one: it stays.
+        sizes = counted(model)
+        sizes["heads_authors_rule"] = results.get("heads_authors_rule", sizes["heads_authors_rule"])
+        results.update(sizes)
+        results.update(latency_ms=milliseconds, speedup=times[0] / milliseconds, batch=batch,
+                       length=length, device=device, threads=threads,
+                       flops_ratio=flops(dense, length) / flops(model.config, length))
         with ts.held(folder):
             for path in ts.half_written(folder):    # by a table that was killed
                 path.unlink()
             write_json(folder / "results.json", results)
-        p, heads = results["parameters"], f"{sum(results['heads']):3}/{sum(full.heads)}"
-        print(f"{folder.name:16} {results['exact_match']:6.2f} {results['f1']:6.2f} {p['linear_nonzero'] / 1e6:7.2f}M "
-              f"{results['density']:8.3f} {p['total'] / 1e6:7.2f}M {heads:>7} "
-              f"{results['flops_ratio']:6.2f}x {ms:7.1f} {results['speedup']:5.2f}x")
+        print(table_line(folder.name, results, sum(dense.heads)))
         table.append({"model": folder.name, **results})
     write_json(folders[0].parent / "summary.json", table)
-    print(f"forward pass of {batch} x {length} word pieces in fp32 on {device}, {torch.get_num_threads()} threads. "
-          + ("The built-in made-up corpus, NOT SQuAD." if table[0]["data"].get("name") == "builtin" else ""))
+    print(f"forward pass of {batch} x {length} word pieces in fp32 on {device}, {threads} threads.")
+    if table[0]["data"].get("name") == "builtin":
+        print("The built-in made-up corpus, NOT SQuAD.")
+
+
+def check_dev_sets(rows: list[dict], data: str, v2: bool) -> None:
+    """ValueError unless all results are of one dev set, and that the one of the folder `data`."""
+    dev_sets = set()
+    for results in rows:
+        of_dev = results["data"]
+        dev_sets.add((of_dev["sha256"].get("dev"), of_dev.get("dev_questions")))
+    same = len(dev_sets) == 1
+    if data:
+        folder = ts.settle(ts.Config(data=data)).data
+        wanted = ts.read_squad(folder, ts.file_name("dev", v2)).sha256
+        same = same and wanted in {sha256 for sha256, _ in dev_sets}
+    if not same:
+        raise ValueError("the models were not scored on the same dev questions")
+
+
+def table_line(name: str, results: dict, all_heads: int) -> str:
+    parameters = results["parameters"]
+    heads = f"{sum(results['heads'])}/{all_heads}"
+    return (f"{name:16} {results['exact_match']:6.2f} {results['f1']:6.2f} "
+            f"{parameters['linear_nonzero'] / 1e6:7.2f}M {results['density']:8.3f} "
+            f"{parameters['total'] / 1e6:7.2f}M {heads:>7} {results['flops_ratio']:6.2f}x "
+            f"{results['latency_ms']:7.1f} {results['speedup']:5.2f}x")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status, as that of train_squad.py."""
     ts.forgiving_output()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="the run folder to compact")
     parser.add_argument("--out", type=Path, help="the folder to write")
-    parser.add_argument("--compare", nargs="+", type=Path, metavar="FOLDER", help="print the table of run folders")
+    parser.add_argument("--compare", nargs="+", type=Path, metavar="FOLDER",
+                        help="print the table of run folders")
     parser.add_argument("--data", default="", help="folder with dev-v1.1.json; default: that of the run")
-    parser.add_argument("--v2", action="store_true", help="score on dev-v2.0.json, whatever the run was trained on")
+    parser.add_argument("--v2", action="store_true",
+                        help="score on dev-v2.0.json, whatever the run was trained on")
     parser.add_argument("--dev-questions", type=int, help="as in train_squad.py; default: that of the run")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: that of the run")
     parser.add_argument("--batch", type=int, default=32, help="rows of the timed forward pass")
     parser.add_argument("--length", type=int, default=128, help="word pieces in each of them")
     if argv is None:
         argv = sys.argv[1:]
     a = parser.parse_args(argv)
     if a.compare:
-        return ts.exit_status(compare, a.compare, a.data, a.v2, a.batch, a.length)
+        return ts.exit_status(compare, a.compare, a.data, a.v2, a.batch, a.length, a.device)
     if not a.folder or not a.out:
         parser.error("give a run folder and --out, or --compare")
-    return ts.exit_status(run, a.folder, a.out, a.data, a.v2, a.dev_questions,
-                          shlex.join(["python", "compact.py", *argv]))
+    command = shlex.join(["python", "compact.py", *argv])
+    return ts.exit_status(run, a.folder, a.out, a.data, a.v2, a.dev_questions, a.device, command)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import blockprune
-from bert import (BertForQuestionAnswering, load_model, load_tokenizer, read_json, read_safetensors,
-                  replacing, save_model, write_json, write_safetensors)
+from bert import (TOKENIZER_FILES, BertForQuestionAnswering, folder_sha256, load_model, load_tokenizer,
+                  read_json, read_safetensors, replacing, same_tokenizer, save_model, weights_sha256,
+                  write_json, write_safetensors)
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -1030,7 +1031,7 @@ def restore(path: Path, model, optimizer, device: str, total: int) -> tuple[int,
             torch.set_rng_state(state["random_states"]["cpu"])
             if device in state["random_states"] and device != "cpu":
                 torch.get_device_module(device).set_rng_state(state["random_states"][device])
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:      # of whatever kind: pickle, zip and struct have their own
             reason = " ".join(str(error).split()[:20])
@@ -1059,7 +1060,7 @@ def cut_log(path: Path, step: int) -> None:
 # ----------------------------------------------------------------- run folders: pruning and results
 
 
-def save_pruning(model: BertForQuestionAnswering, folder: str | Path, vocab: str | Path,
+def save_pruning(model: BertForQuestionAnswering, folder: str | Path, tokenizer_from: str | Path,
                  method: str, block: str, threshold: float) -> None:
     """Save a masked model: with its masks folded in, and W, b and each distinct score apart.
 
@@ -1074,7 +1075,7 @@ def save_pruning(model: BertForQuestionAnswering, folder: str | Path, vocab: str
         if name not in parameters:
             shared[name] = first_name[id(parameter)]
     pruning = dict(method=method, block=block, threshold=threshold, shared=shared)
-    save_model(model, folder, vocab, pruning=pruning)
+    save_model(model, folder, tokenizer_from, pruning=pruning)
     of_masks = {name: p for name, p in parameters.items() if "parametrizations" in name}
     write_safetensors(of_masks, Path(folder, "pruning.safetensors"))
 
@@ -1143,19 +1144,8 @@ def scored(folder: Path) -> dict | None:
 # A run is known by its settings and by the contents of what it starts from. Where that lies may
 # change when it goes on, and so may how often it speaks; all that a preset sets is a setting.
 NOT_COMPARED = ("data", "init", "teacher", "out", "preset", "log_every", "checkpoint_every")
-MODEL_FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
-               "model.safetensors", "pytorch_model.bin", "pruning.safetensors")
-
-
-def folder_sha256(folder: str | Path) -> dict[str, str]:
-    """The SHA-256 of each file that is read from a model folder, by the file's name."""
-    sha256 = {}
-    for name in MODEL_FILES:
-        path = Path(folder, name)
-        if path.is_file():
-            with open(path, "rb") as file:
-                sha256[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sha256
+MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "pruning.safetensors",
+               *TOKENIZER_FILES)
 
 
 def contents_of(part: str, folder: str | Path) -> dict[str, str | None]:
@@ -1297,14 +1287,13 @@ def run(config: Config, command: str) -> None:
     # Scored on the same dev questions whatever the seed.
     dev = read_squad(config.data, file_name("dev", config.v2), config.dev_questions)
     tokenizer = load_tokenizer(config.init)
-    vocab = Path(config.init, "vocab.txt")
     torch.manual_seed(config.seed)
     model = load_model(config.init, fresh_head=not config.fill)
     teacher = None
     if config.teacher:
         teacher = load_model(config.teacher)
-        if load_tokenizer(config.teacher).get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"{config.teacher} and {config.init} have different vocabularies")
+        if not same_tokenizer(config.init, config.teacher):
+            raise ValueError(f"{config.teacher} and {config.init} have different tokenizers")
     check_length(config, model, teacher)
     features = Features(training, tokenizer, config, training=True)
     if config.fill:
@@ -1331,9 +1320,9 @@ def run(config: Config, command: str) -> None:
         if rank > 0:
             return
         if config.method == "dense":
-            save_model(model, out, vocab)
+            save_model(model, out, config.init)
         else:
-            save_pruning(model, out, vocab, config.method, config.block, config.threshold)
+            save_pruning(model, out, config.init, config.method, config.block, config.threshold)
         # Note: what is scored is what is on disk, and it is the last step: none is chosen on dev.
         model = load_model(out)
         dev_features = Features(dev, tokenizer, config, training=False)
@@ -1467,7 +1456,7 @@ def exit_status(work, *arguments) -> int:
     """Call work(*arguments). 0; 2 for what is refused, in one line; 130 when interrupted."""
     try:
         work(*arguments)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         print(f"error: the GPU is full; a smaller --batch or --max-length needs less: "
               f"{str(error).splitlines()[0]}", file=sys.stderr)
         return 2

@@ -487,7 +487,7 @@ def test_what_is_not_its_own_is_left_alone(chain, tmp_path, capsys, command, out
     ("--max-length 24", "--max-length 24: .*--stride 8", None),
     ("--init {}/nowhere", "nowhere: no model folder", None),
     ("--teacher {}/nowhere", "nowhere: no model folder", None),
-    ("--teacher {}/other", "different vocabularies", None),
+    ("--teacher {}/other", "different tokenizers", None),
     ("--data {}/nowhere", "nowhere: neither train-v1.1.json nor train-v1.1.json.xz", None),
     ("--data {}/broken", "broken/train-v1.1.json: cut off, or not JSON", "cut"),
     ("--data {}/broken", "no question in it", lambda paragraphs: paragraphs.clear()),

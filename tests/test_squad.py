@@ -614,7 +614,7 @@ def test_a_masked_model_comes_back_from_its_folder(folder, tmp_path, method, sco
     for mask in masks(model):
         mask.scores.data.copy_(torch.linspace(-2, 2, mask.scores.numel()).view_as(mask.scores))
     set_threshold(model, 0.4)
-    ts.save_pruning(model, tmp_path, folder / "vocab.txt", method=method, block="2x3", threshold=0.4)
+    ts.save_pruning(model, tmp_path, folder, method=method, block="2x3", threshold=0.4)
     other, saved = ts.load_pruning(tmp_path).eval(), read_safetensors(tmp_path / "pruning.safetensors")
     ids = torch.arange(34).view(2, 17)
     for found in (other, load_model(tmp_path).eval()):  # model.safetensors alone holds the effective weights
