@@ -46,8 +46,8 @@ import torch.nn.functional as F
 
 import blockprune
 from bert import (TOKENIZER_FILES, BertForQuestionAnswering, folder_sha256, load_model, load_tokenizer,
-                  read_json, read_safetensors, replacing, same_tokenizer, save_model, weights_sha256,
-                  write_json, write_safetensors)
+                  read_json, read_safetensors, replacing, same_tokenizer, save_model, write_json,
+                  write_safetensors)
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -1120,17 +1120,18 @@ def write_results(folder: str | Path, config: Config, training: Squad | None, de
 
 def scored(folder: Path) -> dict | None:
     """The results.json of a folder; None where it has none that is whole, and of the files there."""
-    path = folder / "results.json"
-    if not path.is_file():
-        return None
+    for name in ("results.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            return None
     try:
-        results = read_json(path, "exact_match", "f1", "weights_sha256", "data")
+        results = read_json(folder / "results.json", "exact_match", "f1", "weights_sha256", "data")
     except ValueError:
         return None
-    if not isinstance(results["data"], dict) or not isinstance(results["data"].get("sha256"), dict):
+    data = results["data"]
+    if not isinstance(data, dict) or not isinstance(data.get("sha256"), dict):
         return None
     there = folder_sha256(folder)
-    # Those of older versions are of the weights alone.
+    # Results of older versions say of the weights alone what they were.
     was = results.get("files_sha256")
     if was is None:
         was = {**there, "model.safetensors": results["weights_sha256"]}
@@ -1236,11 +1237,14 @@ def read_run(folder: Path) -> dict | None:
         settings["ffn_lambda"] = settings.pop("dense_lambda")
     for part in ("init", "teacher"):
         if f"contents of {part}" in contents:
-            weights = contents.pop(f"contents of {part}") or None
+            weights = contents.pop(f"contents of {part}")
+            if weights == "":
+                weights = None      # there was no teacher
             contents[f"contents of {part}/model.safetensors"] = weights
     settings = {**vars(Config()), **settings}
     found["settings"] = settings
 
+    # What no flag could have set was written by somebody else.
     kinds = {field.name: kinds_of(field) for field in dataclasses.fields(Config)}
     for name, value in settings.items():
         if name not in kinds:

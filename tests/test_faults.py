@@ -25,7 +25,7 @@ import torch
 
 import compact
 import train_squad as ts
-from bert import BertConfig, BertForQuestionAnswering, load_model, save_model, write_json
+from bert import BertConfig, BertForQuestionAnswering, load_model, load_tokenizer, save_model, write_json
 
 STEPS = "--questions 40 --epochs 3 --lr 1e-3 --log-every 1 --checkpoint-every 0".split()
 SHAPE = "--max-length 48 --max-question 16 --stride 8 --precision fp32 --device cpu".split()
@@ -197,6 +197,21 @@ def score_again(folder):
     results = read(folder / "results.json")
     results["files_sha256"] = ts.folder_sha256(folder)
     write_json(folder / "results.json", results)
+
+
+def test_a_run_is_refused_where_a_tokenizer_json_has_been_added(chain, capsys):
+    load_tokenizer(chain / "bert").save(str(chain / "bert/tokenizer.json"))
+    capsys.readouterr()
+    assert run(chain, "teacher") == 2
+    assert "contents of init/tokenizer.json was None and is " in said(capsys)
+
+
+@pytest.mark.parametrize("name", CHAIN)
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "vocab.txt", "results.json"])
+def test_what_a_finished_run_has_lost_is_made_again(chain, made, name, file):
+    (chain / name / file).unlink()
+    assert run(chain, name) == 0
+    assert_same(chain / name, made / name)
 
 
 def test_another_teacher_or_none_is_another_run(chain, capsys):
