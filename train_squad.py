@@ -45,9 +45,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import blockprune
-from bert import (TOKENIZER_FILES, BertForQuestionAnswering, folder_sha256, load_model, load_tokenizer,
-                  read_json, read_safetensors, replacing, same_tokenizer, save_model, write_json,
-                  write_safetensors)
+from bert import (TOKENIZER_FILES, BertForQuestionAnswering, folder_sha256, load_model,
+                  load_tokenizer, read_json, read_safetensors, replacing, same_tokenizer,
+                  save_model, write_json, write_safetensors)
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -488,7 +488,7 @@ def check_settings(c: Config) -> None:
 class Squad:
     """The questions of a file, on the passages that they are about."""
     passages: list[str]
-    questions: list[tuple]      # (id, question, number of the passage, [(answer, first character), …])
+    questions: list[tuple]      # (id, question, number of the passage, [(answer, its offset), …])
     sha256: str                 # of the file, unpacked
 
     def truths(self) -> dict[str, list[str]]:
@@ -545,8 +545,8 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None,
                     qa["id"] = str(qa["id"])
                 question_id = get(qa, "id", str, where_asked)
                 if question_id in ids:
-                    raise ValueError(f"{path}: {where_asked} has the id {question_id!r}, as another "
-                                     "question has")
+                    raise ValueError(f"{path}: {where_asked} has the id {question_id!r}, as another"
+                                     " question has")
                 ids.add(question_id)
                 question = get(qa, "question", str, where_asked)
                 squad.questions.append((question_id, question, len(squad.passages), answers))
@@ -749,10 +749,10 @@ def evaluation_batches(lengths: np.ndarray, device: str) -> list[np.ndarray]:
 
 
 def best_spans(start: torch.Tensor, end: torch.Tensor, context: torch.Tensor, longest: int):
-    """The best span of each window: argmax of start[i] + end[j], i ≤ j < i + longest, in the passage.
+    """The best span of each window: argmax of start[i] + end[j] with i ≤ j < i + longest.
 
-    start, end: logits, (B, T). context: where the passage is, (B, T). Returns the span's score, i
-    and j, each (B,); the score is −∞ where there is no passage.
+    start, end: logits, (B, T). context: where the passage is, (B, T): spans lie within it. Returns
+    the span's score, i and j, each (B,); the score is −∞ where there is no passage.
     # Differs: over all pairs; the reference looks at pairs of the 20 best starts and 20 best ends.
     """
     B, T = start.shape
@@ -816,7 +816,7 @@ def normalize_answer(text: str) -> str:
 
 
 def token_f1(prediction: str, truth: str, v2: bool = False) -> float:
-    """Harmonic mean of precision and recall over the words that both have; in v2 none equals none."""
+    """Harmonic mean of precision and recall over the words that both have; v2: none equals none."""
     predicted = normalize_answer(prediction).split()
     true = normalize_answer(truth).split()
     if v2 and not (predicted and true):
@@ -830,8 +830,8 @@ def question_scores(predictions: dict[str, str],
     """Exact match and F1, from 0 to 1, by question id: the best over the question's answers.
 
     predictions: text by question id. truths: the accepted answers; if any question has none, the
-    rules of evaluate-v2.0.py hold, else those of evaluate-v1.1.py. They differ in token_f1(), and for
-    a question without a prediction: v1.1 counts 0, v2.0 leaves it out.
+    rules of evaluate-v2.0.py hold, else those of evaluate-v1.1.py. They differ in token_f1(), and
+    for a question without a prediction: v1.1 counts 0, v2.0 leaves it out.
     """
     v2 = not all(truths.values())
     scores = {}
@@ -925,7 +925,7 @@ def multiplies_in_bf16(device: str) -> bool:
 
 
 def autocast(config: Config):
-    """Products in bf16, if config says so. Around a loop without gradients it casts weights once."""
+    """Products in bf16, if config says so. Around a loop without gradients weights are cast once."""
     return torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16")
 
 
@@ -955,7 +955,7 @@ def distribute(model: BertForQuestionAnswering) -> torch.nn.Module:
 
 
 def part_of(windows: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """This process's part of a batch. An epoch's last one is filled up with its own first windows."""
+    """This process's part of a batch. An epoch's last one is filled up with its first windows."""
     parts = math.ceil(len(windows) / world)
     return np.resize(windows, parts * world)[rank::world]
 
@@ -974,7 +974,7 @@ def mean_over_processes(numbers: list[float]) -> list[float]:
 
 
 def report(out: Path, line: dict, total: int, config: Config) -> None:
-    """Append a line to log.jsonl, and print its main numbers. Losses become means over processes."""
+    """Append a line to log.jsonl, and print its main numbers. Losses: means over processes."""
     names = ("loss", "ce", "kd")
     means = mean_over_processes([line[name] for name in names])
     line.update(zip(names, means))
@@ -1119,7 +1119,7 @@ def write_results(folder: str | Path, config: Config, training: Squad | None, de
 
 
 def scored(folder: Path) -> dict | None:
-    """The results.json of a folder; None where it has none that is whole, and of the files there."""
+    """The results.json of a folder; None where there is none that is of the files beside it."""
     for name in ("results.json", "model.safetensors"):
         if not (folder / name).is_file():
             return None
@@ -1140,7 +1140,7 @@ def scored(folder: Path) -> dict | None:
     return results
 
 
-# ------------------------------------------------------------------------ run folders: whose they are
+# ---------------------------------------------------------------------- run folders: whose they are
 
 # A run is known by its settings and by the contents of what it starts from. Where that lies may
 # change when it goes on, and so may how often it speaks; all that a preset sets is a setting.
@@ -1188,7 +1188,7 @@ def claim(config: Config, contents: dict, command: str, compacted: Path | None =
     contents: the SHA-256 of all that the run starts from, by what it is to the run.
     compacted: the folder, where the run is a compaction.
     """
-    # Is it a folder of ours, of the same kind? What a killed process left half-written is no matter.
+    # Is it a folder of ours, of the same kind? What a killed process left half-written is nothing.
     out = Path(config.out)
     found = read_run(out)
     ours = found is not None and ("compacted" in found) == (compacted is not None)
@@ -1318,8 +1318,8 @@ def run(config: Config, command: str) -> None:
             print(f"{out}: finished before, its results.json is there")
             return
         print(f"{out}: {len(training.questions)} questions of {data_name(config)} in "
-              f"{len(features)} windows, {config.device}, {config.precision}; {features.skipped} skipped "
-              f"(no answer at its offset), {features.cut} cut (too long)")
+              f"{len(features)} windows, {config.device}, {config.precision}; "
+              f"{features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
         seconds = train(model, teacher, features, config)
         if rank > 0:
             return
@@ -1353,7 +1353,7 @@ def data_name(config: Config) -> str:
 
 
 def ask(folder: str, config: Config) -> None:
-    """A passage and questions from the terminal, a line each: the best span, its score, its time."""
+    """Answer questions from the terminal, a line each: the best span, its score, its time."""
     model = load_model(folder)
     tokenizer = load_tokenizer(folder)
     longest = min(config.max_length, model.config.max_position_embeddings)
@@ -1361,8 +1361,8 @@ def ask(folder: str, config: Config) -> None:
         config, max_length=longest, stride=min(config.stride, longest // 3),
         max_question=min(config.max_question, longest // 6)))
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {parameters / 1e6:.1f} M parameters. Give a passage, then questions; an empty "
-          "line ends.")
+    print(f"{folder}: {parameters / 1e6:.1f} M parameters. Give a passage, then questions; an "
+          "empty line ends.")
     passage = line_from_terminal("passage:  ")
     while True:
         question = line_from_terminal("question: ")

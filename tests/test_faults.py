@@ -25,7 +25,8 @@ import torch
 
 import compact
 import train_squad as ts
-from bert import BertConfig, BertForQuestionAnswering, load_model, load_tokenizer, save_model, write_json
+from bert import (BertConfig, BertForQuestionAnswering, load_model, load_tokenizer, save_model,
+                  write_json)
 
 STEPS = "--questions 40 --epochs 3 --lr 1e-3 --log-every 1 --checkpoint-every 0".split()
 SHAPE = "--max-length 48 --max-question 16 --stride 8 --precision fp32 --device cpu".split()
@@ -156,7 +157,7 @@ def log(path):
     return lines
 
 
-# ------------------------------------------------------------- a run is known by what it starts from
+# ------------------------------------------------------------ a run is known by what it starts from
 
 FILES_OF_A_RUN = [
     # a run; a file that it starts from; what that is to the run
@@ -424,7 +425,7 @@ def test_where_there_is_no_fcntl_there_is_no_lock(home, tmp_path, monkeypatch):
         assert run(home, "teacher", "--out", f"{tmp_path}/run") == 0
 
 
-# ---------------------------------------------------------- what is on disk is checked when it is read
+# ------------------------------------------------------- what is on disk is checked when it is read
 
 
 def places_in_zip(path):
@@ -552,7 +553,7 @@ def test_a_table_of_results_of_an_older_version_is_refused(chain, capsys, what):
     assert snapshot(chain) == before
 
 
-# ---------------------------------------------------------------- questions and predictions of others
+# -------------------------------------------------------------- questions and predictions of others
 
 
 def squad(ids, paragraphs=1):
@@ -621,7 +622,7 @@ def test_a_python_without_lzma_says_what_to_do(tmp_path, monkeypatch):
         ts.read_squad(tmp_path, "dev.json")
 
 
-# ------------------------------------------------------------ errors are one line, output stops no run
+# --------------------------------------------------------- errors are one line, output stops no run
 
 
 def stopped(error):
@@ -677,7 +678,8 @@ def test_weights_that_are_no_numbers_are_named(home, tmp_path, capsys, flag, val
 
 @pytest.mark.parametrize("name, file", [
     ("teacher", "run.json"), ("teacher", "log.jsonl"), ("teacher", "checkpoint.pt"),
-    ("teacher", "model.safetensors"), ("teacher", "results.json"), ("hybrid", "pruning.safetensors"),
+    ("teacher", "model.safetensors"), ("teacher", "results.json"),
+    ("hybrid", "pruning.safetensors"),
     ("small", "run.json"), ("small", "masks.json"), ("small", "results.json"),
     ("table", "teacher/results.json"), ("table", "summary.json"),
 ])
