@@ -56,10 +56,17 @@ class StraightThrough(torch.autograd.Function):
     Source: [R:modules/binarizer.py].
     """
 
+    # So written, with the context apart, it works under torch.func: grad, vmap and the others.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, scores: Tensor, threshold: Tensor) -> Tensor:
+    def forward(scores: Tensor, threshold: Tensor) -> Tensor:
         kept = torch.sigmoid(scores) > threshold
         return kept.to(scores.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass    # the gradient needs nothing of the forward pass
 
     @staticmethod
     def backward(ctx, grad: Tensor):
