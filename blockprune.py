@@ -86,6 +86,7 @@ class BlockMask(nn.Module):
     block: (r, c) with 1 ≤ r ≤ R and 1 ≤ c ≤ C.
     scores: a parameter to share with other masks, with one element for each of the ⌈R/r⌉ · ⌈C/c⌉
         blocks. Fresh scores are 0, where σ is 0.5 and far above any τ in use: all blocks are kept.
+        Scores and τ stay fp32 (or fp64) in a model of fp16 or bf16: small steps would round away.
     kind: the group that penalty() and density() count this weight in.
     Raises ValueError where block or scores do not fit.
     """
@@ -104,12 +105,11 @@ class BlockMask(nn.Module):
         self.grid = (rows, columns)
         self.kind = kind
         if scores is None:
-            scores = nn.Parameter(torch.zeros(rows, columns))
-        if scores.numel() != rows * columns:
-            raise ValueError(f"{scores.numel()} shared scores for {rows}x{columns} blocks")
+            scores = nn.Parameter(torch.zeros(rows, columns, dtype=_score_dtype()))
+        _check_scores(scores, self.grid)
         self.scores = scores
         # τ is a buffer: it is saved with the model, so a reloaded model still prunes.
-        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold", torch.zeros((), dtype=_score_dtype()))
 
     def block_mask(self) -> Tensor:
         """M(S) on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉)."""
@@ -138,6 +138,10 @@ class BlockMask(nn.Module):
         mask = self.weight_mask().to(weight.dtype)
         masked = weight.flatten(1) * mask               # W′ = W ⊙ M(S), (R, C)
         return masked.view_as(weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        # model.half() and its like come through here: scores and τ move with the model, in fp32.
+        return super()._apply(_at_least_fp32(fn), recurse)
 
 
 class BiasMask(nn.Module):
@@ -216,7 +220,7 @@ def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, kind: str = "ffn") -> nn.
         raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs")
     if parametrize.is_parametrized(fc1, "weight") or parametrize.is_parametrized(fc2, "weight"):
         raise ValueError("fc1 or fc2 is parametrized already")
-    scores = nn.Parameter(torch.zeros(F, device=fc1.weight.device))
+    scores = nn.Parameter(torch.zeros(F, device=fc1.weight.device, dtype=_score_dtype()))
     # Both masks have the same scores: a dimension is kept or pruned on both of its sides at once.
     mask_weight(fc1, (1, inputs), scores=scores, kind=kind)                 # a block is a row
     # A column is as wide as a kernel of fc2: 1 in a linear, kh · kw in a convolution.
@@ -485,6 +489,32 @@ def _keep_inputs(linear: nn.Linear, kept: Tensor) -> None:
 
 # ------------------------------------------------------------------------------------------- guards
 # Against misuse, with a sentence that says what is wrong. They are no part of the method.
+
+
+def _score_dtype() -> torch.dtype:
+    """The dtype of fresh scores: torch's default, or fp32 where that is less exact."""
+    return torch.promote_types(torch.float32, torch.get_default_dtype())
+
+
+def _at_least_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn, which moves or converts a tensor, without the loss of precision.
+
+    A step under 0.0078 does not move a bf16 score near −2: its neighbours are 0.0156 away.
+    """
+    def exact_fn(tensor: Tensor) -> Tensor:
+        converted = fn(tensor)
+        if converted.is_floating_point() and converted.element_size() < 4:
+            return tensor.to(converted.device, torch.float32)
+        return converted
+    return exact_fn
+
+
+def _check_scores(scores: Tensor, grid: Sequence[int]) -> None:
+    rows, columns = grid
+    if scores.numel() != rows * columns:
+        raise ValueError(f"{scores.numel()} shared scores for {rows}x{columns} blocks")
+    if scores.element_size() < 4:
+        raise ValueError(f"scores of {scores.dtype} lose the small steps: torch.float32 is needed")
 
 
 def _check_plain_linears(*linears: nn.Module) -> None:
