@@ -312,7 +312,10 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
     act on all of them ([R:patch_coordinator.py], create_optimizer_groups; [R:sparse_trainer.py]).
     Note: scores must not decay toward 0, that is toward being kept. Their 0 is written out, because
     AdamW's default is 0.01.
+    Raises ValueError where every score is frozen, unless score_lr is None: then it is meant so.
     """
+    if score_lr is not None:
+        _check_some_scores_learn(model)
     # By identity, so that scores which masks share are there once. What is frozen stays frozen.
     scores = {}
     for mask in masks(model):
@@ -515,6 +518,13 @@ def _check_scores(scores: Tensor, grid: Sequence[int]) -> None:
         raise ValueError(f"{scores.numel()} shared scores for {rows}x{columns} blocks")
     if scores.element_size() < 4:
         raise ValueError(f"scores of {scores.dtype} lose the small steps: torch.float32 is needed")
+
+
+def _check_some_scores_learn(model: nn.Module) -> None:
+    learning = [mask.scores.requires_grad for mask in masks(model)]
+    if learning and not any(learning):
+        raise ValueError("every score is frozen, nothing would be pruned: set mask.scores.requires_grad "
+                         "for masks(model), or score_lr=None to train the weights alone")
 
 
 def _check_plain_linears(*linears: nn.Module) -> None:

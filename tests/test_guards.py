@@ -163,3 +163,22 @@ def test_given_scores_of_half_precision_are_refused():
     scores = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="scores of torch.bfloat16"):
         BlockMask((4, 6), (2, 3), scores)
+
+
+# --------------------------------------------------------------------------- what is never learned
+
+
+def test_parameter_groups_refuse_where_every_score_is_frozen():
+    net = masked_net()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    net[4].parametrizations.bias.original.requires_grad_(True)
+    with pytest.raises(ValueError, match="every score is frozen.*requires_grad"):
+        parameter_groups(net, 3e-5, score_lr=1e-2)
+    # Without a rate for scores it is meant so: the pruned weights stay at zero while others learn.
+    [group] = parameter_groups(net, 3e-5, score_lr=None)
+    assert group["lr"] == 3e-5
+    # Some may be frozen, and a model may have no masks.
+    net[0].parametrizations.weight[0].scores.requires_grad_(True)
+    assert parameter_groups(net, 3e-5, score_lr=1e-2)[-1]["lr"] == 1e-2
+    assert len(parameter_groups(nn.Linear(5, 7).requires_grad_(False), 3e-5, score_lr=1e-2)) == 0
