@@ -344,7 +344,9 @@ def density(model: nn.Module) -> Dict[str, float]:
     """The fraction of the masked weights that their masks keep, by kind, and for "all" of them.
 
     Biases do not count. A weight that a mask keeps counts even where it is zero by itself.
+    Raises ValueError where scores or τ are NaN: σ(NaN) > τ is false, the blocks would count as pruned.
     """
+    _check_not_nan(model)
     kept: Dict[str, float] = {}
     size: Dict[str, int] = {}
     for mask in masks(model):
@@ -364,9 +366,10 @@ def bake(model: nn.Module) -> nn.Module:
 
     The model computes the same function, in plain modules that torch.save and torch.export take.
     Returns the model. Raises ValueError, with nothing changed, where a masked module has other
-    parametrizations too.
+    parametrizations too, or where scores or τ are NaN.
     """
     # All is checked before anything is changed.
+    _check_not_nan(model)
     masked_modules = []
     for module in model.modules():
         if not parametrize.is_parametrized(module):
@@ -525,6 +528,15 @@ def _check_some_scores_learn(model: nn.Module) -> None:
     if learning and not any(learning):
         raise ValueError("every score is frozen, nothing would be pruned: set mask.scores.requires_grad "
                          "for masks(model), or score_lr=None to train the weights alone")
+
+
+def _check_not_nan(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, BlockMask) or module.scores.is_meta:
+            continue
+        if module.scores.isnan().any() or module.threshold.isnan():
+            raise ValueError(f"scores or threshold are NaN in {name or 'the mask'}: training has diverged, "
+                             f"go back to an earlier checkpoint and look at the loss and the gradients")
 
 
 def _check_plain_linears(*linears: nn.Module) -> None:

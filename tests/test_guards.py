@@ -182,3 +182,23 @@ def test_parameter_groups_refuse_where_every_score_is_frozen():
     net[0].parametrizations.weight[0].scores.requires_grad_(True)
     assert parameter_groups(net, 3e-5, score_lr=1e-2)[-1]["lr"] == 1e-2
     assert len(parameter_groups(nn.Linear(5, 7).requires_grad_(False), 3e-5, score_lr=1e-2)) == 0
+
+
+@pytest.mark.parametrize("what", ["scores", "threshold"])
+@pytest.mark.parametrize("function", [density, bake])
+def test_nan_is_no_pruned_block(function, what):
+    net = masked_net()
+    mask = net[0].parametrizations.weight[0]
+    getattr(mask, what).data.view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN.*0.parametrizations.weight.0"):
+        function(net)
+    assert len(list(masks(net))) == 3       # bake left all as it was
+
+
+def test_infinite_scores_are_kept_or_pruned():
+    layer = nn.Linear(3, 1)
+    mask = mask_weight(layer, (1, 1))
+    mask.scores.data = torch.tensor([[torch.inf, -torch.inf, 0.0]])
+    set_threshold(layer, 0.1)
+    assert density(layer)["all"] == pytest.approx(2 / 3)
+    assert (bake(layer).weight != 0).tolist() == [[True, False, True]]
