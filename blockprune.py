@@ -32,6 +32,7 @@ Comments: `# Paper:` is the authors' method, `# Note:` our remark, `# Differs:` 
 Left out, since the paper's final models do not use them: top-k, L0 and magnitude masks.
 """
 import math
+import warnings
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
@@ -366,7 +367,7 @@ def bake(model: nn.Module) -> nn.Module:
 
     The model computes the same function, in plain modules that torch.save and torch.export take.
     Returns the model. Raises ValueError, with nothing changed, where a masked module has other
-    parametrizations too, or where scores or τ are NaN.
+    parametrizations too, or where scores or τ are NaN. Warns where no block is pruned.
     """
     # All is checked before anything is changed.
     _check_not_nan(model)
@@ -382,6 +383,7 @@ def bake(model: nn.Module) -> nn.Module:
             raise ValueError("remove the other parametrizations of the masked modules first")
         if all(ours):
             masked_modules.append(module)
+    _warn_if_nothing_is_pruned(model)
 
     for module in masked_modules:
         # 1. Read the values as the module sees them: W ⊙ M(S), and the masked bias.
@@ -537,6 +539,29 @@ def _check_not_nan(model: nn.Module) -> None:
         if module.scores.isnan().any() or module.threshold.isnan():
             raise ValueError(f"scores or threshold are NaN in {name or 'the mask'}: training has diverged, "
                              f"go back to an earlier checkpoint and look at the loss and the gradients")
+
+
+def _warn_if_nothing_is_pruned(model: nn.Module) -> None:
+    thresholds = []
+    lowest = []
+    highest = []
+    pruned = False
+    for mask in masks(model):
+        if mask.scores.is_meta:
+            return
+        thresholds.append(mask.threshold.item())
+        lowest.append(mask.scores.min().item())
+        highest.append(mask.scores.max().item())
+        pruned = pruned or not mask.block_mask().all()
+    if not thresholds:
+        return
+    untouched = min(lowest) == max(highest) == 0
+    if min(thresholds) == 0 or untouched or not pruned:
+        warnings.warn(
+            f"nothing, or not what was meant, is pruned, with τ from {min(thresholds):g} to "
+            f"{max(thresholds):g} and scores from {min(lowest):g} to {max(highest):g}: was set_threshold() "
+            f"called, were the masks put on before the optimiser was made, and did it get the scores "
+            f"with a rate of about 1e-2, as in parameter_groups()?", stacklevel=4)
 
 
 def _check_plain_linears(*linears: nn.Module) -> None:

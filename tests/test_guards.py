@@ -202,3 +202,30 @@ def test_infinite_scores_are_kept_or_pruned():
     set_threshold(layer, 0.1)
     assert density(layer)["all"] == pytest.approx(2 / 3)
     assert (bake(layer).weight != 0).tolist() == [[True, False, True]]
+
+
+def test_bake_warns_where_nothing_was_learned():
+    # τ was never set: no score, however low, can be pruned.
+    net = masked_net()
+    set_threshold(net, 0)
+    with pytest.warns(UserWarning, match="τ from 0 to 0.*set_threshold.*optimiser"):
+        bake(net)
+    # The optimiser does not know the scores: they are where they started.
+    layer = nn.Linear(5, 7)
+    mask_weight(layer, (1, 1))
+    set_threshold(layer, 0.1)
+    with pytest.warns(UserWarning, match="scores from 0 to 0"):
+        bake(copy.deepcopy(layer))
+    # A score rate of 3e-5 moves them, but not to where a block goes.
+    layer.parametrizations.weight[0].scores.data.fill_(-0.02)
+    with pytest.warns(UserWarning, match="scores from -0.02 to -0.02"):
+        bake(layer)
+
+
+def test_bake_warns_of_nothing_else():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bake(masked_net())
+        bake(nn.Linear(5, 7))
+        with torch.device("meta"):      # which holds no numbers to look at
+            bake(masked_net())
