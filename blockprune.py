@@ -451,9 +451,11 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
         row j of fc1 all 0         its activation is act(b₁[j]): it adds act(b₁[j]) · fc2[:, j]
 
     The constant goes into the bias of fc2, in fp64; where fc2 had none, it gets one.
-    Raises ValueError where the linears are not plain, or fc2 does not take what fc1 gives.
+    Raises ValueError where the linears are not plain, fc2 does not take what fc1 gives, or act mixes
+    dimensions, as softmax and LayerNorm do.
     """
     _check_dimensions(fc1, fc2)
+    _check_act(act, fc1.weight.device)
     W1 = fc1.weight.double()                                    # (F, in)
     W2 = fc2.weight.double()                                    # (out, F)
     # A dimension is needed where both its row of W1 and its column of W2 have something in them.
@@ -585,3 +587,18 @@ def _check_dimensions(fc1: nn.Linear, fc2: nn.Linear) -> None:
     _check_plain_linears(fc1, fc2)
     if fc1.out_features != fc2.in_features:
         raise ValueError(f"as many outputs of fc1 as inputs of fc2 are expected: {fc1}, {fc2}")
+
+
+def _check_act(act: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    """act of some numbers must be act of each by itself, else a dimension could not be taken out."""
+    values = torch.tensor([-3, -1.5, -0.5, 0, 0.25, 1, 2, 6], dtype=torch.float64, device=device)
+    try:
+        together = act(values.clone())                      # a clone, since act may work in place
+        apart = torch.stack([act(value.clone().view(1)) for value in values])
+        fits = together.shape == values.shape and apart.shape == (len(values), 1)
+        fits = fits and torch.allclose(together, apart[:, 0], rtol=1e-4, atol=1e-6, equal_nan=True)
+    except Exception as error:      # whatever act raises where it is given another number of values
+        raise ValueError(f"act does not take single numbers of fp64: {error}") from error
+    if not fits:
+        raise ValueError("act is expected to work on single numbers, but act of eight numbers is not "
+                         "act of each: softmax, norms, GLU and dropout in training cannot be cut")

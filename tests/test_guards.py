@@ -229,3 +229,38 @@ def test_bake_warns_of_nothing_else():
         bake(nn.Linear(5, 7))
         with torch.device("meta"):      # which holds no numbers to look at
             bake(masked_net())
+
+
+# ------------------------------------------------------------------- cutting: which act is allowed
+
+
+@pytest.mark.parametrize("act", [
+    pytest.param(lambda x: x.softmax(-1), id="softmax"),
+    pytest.param(nn.LayerNorm(9), id="LayerNorm"),
+    pytest.param(F.glu, id="GLU"),
+    pytest.param(lambda x: x - x.mean(-1, keepdim=True), id="minus the mean"),
+    pytest.param(lambda x: x.cumsum(-1), id="cumsum"),
+    pytest.param(lambda x: x.flip(-1), id="flip"),
+    pytest.param(lambda x: x / x.abs().max(), id="by the largest"),
+    pytest.param(nn.PReLU(9, init=0.5), id="PReLU of 9 channels")])
+def test_cut_dimensions_refuses_an_act_that_mixes_dimensions(act):
+    fc1 = nn.Linear(5, 9)
+    fc2 = nn.Linear(9, 3)
+    fc1.weight.data[[2, 5]] = 0
+    before = copy.deepcopy(fc1.state_dict())
+    with pytest.raises(ValueError, match="act.*single numbers"):
+        cut_dimensions(fc1, fc2, act)
+    assert fc1.out_features == 9 and torch.equal(fc1.weight, before["weight"])
+
+
+@pytest.mark.parametrize("act", [F.gelu, F.relu, torch.tanh, nn.SiLU(), nn.PReLU().double(), nn.Identity(),
+                                 nn.ELU(inplace=True), lambda x: F.gelu(x, approximate="tanh")])
+@pytest.mark.parametrize("width", [1, 2, 9])
+def test_cut_dimensions_takes_an_act_of_single_numbers(act, width):
+    fc1 = nn.Linear(5, width).double()
+    fc2 = nn.Linear(width, 3).double()
+    x = torch.randn(4, 5).double()
+    fc1.weight.data[0] = 0
+    expected = fc2(act(fc1(x)))
+    assert cut_dimensions(fc1, fc2, act) == width - 1
+    assert_close(fc2(act(fc1(x))), expected, rtol=0, atol=1e-12)
