@@ -105,6 +105,7 @@ class BlockMask(nn.Module):
         self.block = (r, c)
         self.grid = (rows, columns)
         self.kind = kind
+        self.scores_are_given = scores is not None
         if scores is None:
             scores = nn.Parameter(torch.zeros(rows, columns, dtype=_score_dtype()))
         _check_scores(scores, self.grid)
@@ -143,6 +144,13 @@ class BlockMask(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         # model.half() and its like come through here: scores and τ move with the model, in fp32.
         return super()._apply(_at_least_fp32(fn), recurse)
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # safetensors refuses tensors that share memory, as shared scores would: a copy is written.
+        # Loading fills the one parameter that the masks of a model share.
+        if self.scores_are_given and not keep_vars:
+            destination[prefix + "scores"] = destination[prefix + "scores"].clone()
 
 
 class BiasMask(nn.Module):

@@ -264,3 +264,39 @@ def test_cut_dimensions_takes_an_act_of_single_numbers(act, width):
     expected = fc2(act(fc1(x)))
     assert cut_dimensions(fc1, fc2, act) == width - 1
     assert_close(fc2(act(fc1(x))), expected, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- shared scores in checkpoints
+
+
+def tied_net():
+    """Scores shared by hand by a fresh mask and a given one, and by mask_dimensions."""
+    net = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(5, 7), nn.Linear(7, 3)])
+    first = mask_weight(net[0], (2, 6))
+    mask_weight(net[1], (2, 6), scores=first.scores)
+    mask_dimensions(net[2], net[3])
+    return net
+
+
+def test_no_two_entries_of_a_checkpoint_share_memory():
+    net = scatter(tied_net())
+    state = net.state_dict()
+    assert sum(name.endswith("scores") for name in state) == 4
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, net.get_parameter(name) if "threshold" not in name else torch.tensor(0.4))
+
+
+def test_a_strict_load_keeps_shared_scores_tied():
+    net = scatter(tied_net())
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    fresh = tied_net()
+    fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    a, b, rows, columns = masks(fresh)
+    assert a.scores is b.scores and rows.scores is columns.scores
+    for mask, other in zip(masks(net), masks(fresh)):
+        assert torch.equal(mask.scores, other.scores)
+    twin = copy.deepcopy(fresh).state_dict()
+    assert len({tensor.data_ptr() for tensor in twin.values()}) == len(twin)
