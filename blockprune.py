@@ -214,14 +214,16 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
     return mask
 
 
-def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, kind: str = "ffn") -> nn.Parameter:
+def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, gate: Optional[nn.Module] = None,
+                    kind: str = "ffn") -> nn.Parameter:
     """One score for each inner dimension of fc2(act(fc1(x))): row j of fc1 with column j of fc2.
 
     Paper: the feed-forward layers of Hybrid ([R:modules/masked_nn.py], 1d_alt).
 
     fc1, fc2: weights of (out, in), or convolutions of (out, in, kh, kw).
+    gate: of a layer fc2(act(gate(x)) · fc1(x)), as in LLaMA: its row j has the same score.
     Returns the scores, (F,) for F inner dimensions. Raises ValueError, with nothing changed, where
-    the outputs of fc1 are not the inputs of fc2, or where one of the two is masked already.
+    the outputs of fc1 or gate are not the inputs of fc2, or where one of them is masked already.
     """
     F, inputs = fc1.weight.flatten(1).shape
     outputs, columns = fc2.weight.flatten(1).shape
@@ -229,9 +231,14 @@ def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, kind: str = "ffn") -> nn.
         raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs")
     if parametrize.is_parametrized(fc1, "weight") or parametrize.is_parametrized(fc2, "weight"):
         raise ValueError("fc1 or fc2 is parametrized already")
+    if gate is not None:
+        _check_gate(gate, F)
     scores = nn.Parameter(torch.zeros(F, device=fc1.weight.device, dtype=_score_dtype()))
-    # Both masks have the same scores: a dimension is kept or pruned on both of its sides at once.
+    # All masks have the same scores: a dimension is kept or pruned on both of its sides at once.
     mask_weight(fc1, (1, inputs), scores=scores, kind=kind)                 # a block is a row
+    if gate is not None:
+        gate_inputs = gate.weight.flatten(1).shape[1]
+        mask_weight(gate, (1, gate_inputs), scores=scores, kind=kind)
     # A column is as wide as a kernel of fc2: 1 in a linear, kh · kw in a convolution.
     mask_weight(fc2, (outputs, columns // F), scores=scores, kind=kind)
     return scores
@@ -449,7 +456,8 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
 
 
 @torch.no_grad()
-def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tensor]) -> int:
+def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tensor], *,
+                   gate: Optional[nn.Linear] = None) -> int:
     """Remove, in place, the inner dimensions of fc2(act(fc1(x))) that add nothing or a constant.
 
     fc1, fc2: (F, in) and (out, F), baked, with or without biases. act: works on single numbers.
@@ -458,25 +466,49 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
         column j of fc2 all 0      the dimension adds nothing
         row j of fc1 all 0         its activation is act(b₁[j]): it adds act(b₁[j]) · fc2[:, j]
 
+    gate: (F, in) of a layer fc2(act(gate(x)) · fc1(x)). Its activation j is act(gateⱼ) · fc1ⱼ:
+
+        both rows j all 0                     the constant act(b_gate[j]) · b₁[j]
+        row j and bias j of fc1 all 0         the constant 0, whatever the gate
+        row j of gate 0, act(b_gate[j]) 0     the constant 0, whatever fc1
+
     The constant goes into the bias of fc2, in fp64; where fc2 had none, it gets one.
     Raises ValueError where the linears are not plain, fc2 does not take what fc1 gives, or act mixes
     dimensions, as softmax and LayerNorm do.
     """
-    _check_dimensions(fc1, fc2)
+    _check_dimensions(fc1, fc2, gate)
     _check_act(act, fc1.weight.device)
     W1 = fc1.weight.double()                                    # (F, in)
     W2 = fc2.weight.double()                                    # (out, F)
-    # A dimension is needed where both its row of W1 and its column of W2 have something in them.
-    kept = (W1 != 0).any(dim=1) & (W2 != 0).any(dim=0)          # (F,)
+    b1 = _bias_or_zeros(fc1)                                    # (F,)
+    # A dimension is needed where its activation varies, and its column of W2 has something in it.
+    varies = (W1 != 0).any(dim=1)                               # (F,)
+    if gate is not None:
+        b_gate = _bias_or_zeros(gate)
+        gate_varies = (gate.weight != 0).any(dim=1)
+        gate_opens = gate_varies | (act(b_gate.clone()) != 0)
+        fc1_opens = varies | (b1 != 0)
+        varies = (varies | gate_varies) & gate_opens & fc1_opens
+    kept = varies & (W2 != 0).any(dim=0)
     # What the others still add is W2 act(b₁). Without a bias that is W2 act(0), and act(0) may not be 0.
-    b1 = W1.new_zeros(len(W1))
-    if fc1.bias is not None:
-        b1 = fc1.bias.double()
-    constant = W2[:, ~kept] @ act(b1[~kept])                    # (out,)
+    if gate is None:
+        activation = act(b1[~kept])
+    else:
+        activation = act(b_gate[~kept]) * b1[~kept]
+    constant = W2[:, ~kept] @ activation                        # (out,)
     _add_to_bias(fc2, constant)
     _keep_outputs(fc1, kept)
+    if gate is not None:
+        _keep_outputs(gate, kept)
     _keep_inputs(fc2, kept)
     return int(kept.sum())
+
+
+def _bias_or_zeros(linear: nn.Linear) -> Tensor:
+    """The bias in fp64, zeros where there is none."""
+    if linear.bias is None:
+        return linear.weight.new_zeros(linear.out_features, dtype=torch.float64)
+    return linear.bias.double()
 
 
 def _add_to_bias(linear: nn.Linear, constant: Tensor) -> None:
@@ -591,10 +623,20 @@ def _check_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Lin
         raise ValueError(f"{inner} rows are no whole number of heads of {head_size}")
 
 
-def _check_dimensions(fc1: nn.Linear, fc2: nn.Linear) -> None:
+def _check_dimensions(fc1: nn.Linear, fc2: nn.Linear, gate: Optional[nn.Linear]) -> None:
     _check_plain_linears(fc1, fc2)
     if fc1.out_features != fc2.in_features:
         raise ValueError(f"as many outputs of fc1 as inputs of fc2 are expected: {fc1}, {fc2}")
+    if gate is not None:
+        _check_plain_linears(gate)
+        _check_gate(gate, fc1.out_features)
+
+
+def _check_gate(gate: nn.Module, F: int) -> None:
+    if len(gate.weight) != F:
+        raise ValueError(f"the gate has {len(gate.weight)} outputs, but fc1 has {F}")
+    if parametrize.is_parametrized(gate, "weight"):
+        raise ValueError("the gate is parametrized already")
 
 
 def _check_act(act: Callable[[Tensor], Tensor], device: torch.device) -> None:

@@ -300,3 +300,76 @@ def test_a_strict_load_keeps_shared_scores_tied():
         assert torch.equal(mask.scores, other.scores)
     twin = copy.deepcopy(fresh).state_dict()
     assert len({tensor.data_ptr() for tensor in twin.values()}) == len(twin)
+
+
+# --------------------------------------------------------------------------------- layers with a gate
+
+
+class Gated(nn.Module):
+    """down(act(gate(x)) · up(x)), as in LLaMA and T5 1.1."""
+
+    def __init__(self, act, bias):
+        super().__init__()
+        self.up = nn.Linear(5, 9, bias=bias)
+        self.gate = nn.Linear(5, 9, bias=bias)
+        self.down = nn.Linear(9, 3, bias=bias)
+        self.act = act
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("act", [F.silu, F.relu, torch.sigmoid])
+def test_a_masked_gated_layer_is_cut_exactly(act, bias):
+    layer = Gated(act, bias).double()
+    x = torch.randn(4, 5).double()
+    scores = mask_dimensions(layer.up, layer.down, gate=layer.gate)
+    assert [mask.scores is scores for mask in masks(layer)] == [True] * 3
+    assert scores.shape == (9,) and len(list(masks(layer))) == 3
+    set_threshold(layer, 0.1)
+    scores.data[[1, 4, 8]] = DEAD
+    expected = layer(x)
+    bake(layer)
+    assert torch.equal(layer(x), expected)
+    assert cut_dimensions(layer.up, layer.down, layer.act, gate=layer.gate) == 6
+    sizes = (layer.up.out_features, layer.gate.out_features, layer.down.in_features)
+    assert sizes == (6, 6, 6)
+    assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+def test_what_of_a_gated_layer_is_a_constant():
+    layer = Gated(F.relu, bias=True).double()
+    x = torch.randn(50, 5).double()
+    up, gate, down = layer.up, layer.gate, layer.down
+    for linear in (up, gate):
+        linear.bias.data = torch.rand(9).double() + 0.5
+    # Gone:
+    up.weight.data[0] = gate.weight.data[0] = 0     # the constant relu(bg) · bu
+    up.weight.data[1] = up.bias.data[1] = 0         # nothing goes up
+    gate.weight.data[2] = 0
+    gate.bias.data[2] = -1                          # relu(−1) is 0: the gate is always closed
+    down.weight.data[:, 3] = 0                      # nobody reads it
+    # Not gone:
+    up.weight.data[4] = 0                           # the constant bu, but times the gate
+    gate.weight.data[5] = 0                         # the constant relu(bg), but times up
+    up.bias.data[6] = gate.bias.data[6] = 0         # only biases are 0
+    rows = up.weight[4:].clone()
+    expected = layer(x)
+    assert cut_dimensions(up, down, F.relu, gate=gate) == 5
+    assert torch.equal(up.weight, rows)
+    assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+def test_a_gate_that_does_not_fit_is_refused_with_nothing_changed():
+    up, down = nn.Linear(5, 9), nn.Linear(9, 3)
+    with pytest.raises(ValueError, match="gate"):
+        mask_dimensions(up, down, gate=nn.Linear(5, 8))
+    masked = nn.Linear(5, 9)
+    mask_weight(masked, (1, 1))
+    with pytest.raises(ValueError, match="parametrized"):
+        mask_dimensions(up, down, gate=masked)
+    assert not list(masks(nn.ModuleList([up, down])))
+    with pytest.raises(ValueError, match="gate"):
+        cut_dimensions(up, down, F.silu, gate=nn.Linear(5, 8))
+    assert up.out_features == 9
