@@ -182,17 +182,19 @@ class BiasMask(nn.Module):
 
 
 def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weight",
-                bias: str = "bias", output_dim: int = 0, scores: Optional[nn.Parameter] = None,
-                kind: str = "ffn") -> BlockMask:
+                bias: str = "bias", output_dim: Optional[int] = None,
+                scores: Optional[nn.Parameter] = None, kind: str = "ffn") -> BlockMask:
     """Put a block mask on one weight of a module, and on the bias that goes with it.
 
     From here on `module.weight` is W ⊙ M(S), and W itself `module.parametrizations.weight.original`.
     The module knows nothing of it: nn.Linear, nn.Conv2d, nn.MultiheadAttention and others will do.
 
     block: (r, c), a tile of the weight as it is stored.
-    weight, bias: the names of the two parameters. A bias that is absent or None is skipped.
+    weight, bias: the names of the two parameters. A bias that is absent or None is skipped, and
+        bias="" leaves it without a mask.
     output_dim: the dimension of the weight that holds the outputs: 0 where weights are (out, in), as
-        in torch; 1 where they are (in, out), as in GPT-2.
+        in torch; 1 where they are (in, out), as in GPT-2. None is 0, but refused where it is known
+        to be wrong.
     scores, kind: see BlockMask.
     Returns the mask. Raises ValueError, with nothing changed, where block, bias or scores do not fit.
     """
@@ -202,10 +204,15 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
         raise ValueError(f"the {weight} of {type(module).__name__} is parametrized already")
     if W.dim() < 2:
         raise ValueError(f"a weight of two and more dimensions is expected, not {tuple(W.shape)}")
+    if b is not None:
+        _check_output_dim(module, W, output_dim)
+    if output_dim is None:
+        output_dim = 0
     matrix_shape = W.flatten(1).shape       # a convolution is (out, in · kh · kw)
     if b is not None and len(b) != matrix_shape[output_dim]:
         raise ValueError(f"a weight of {tuple(W.shape)} with its outputs in dimension {output_dim} does "
-                         f"not go with a bias of {tuple(b.shape)}")
+                         f"not go with a bias of {tuple(b.shape)}: say output_dim=1 where weights are "
+                         f'(in, out), or bias="" to leave the bias without a mask')
     mask = BlockMask(matrix_shape, block, scores, kind).to(W.device)
     # torch calls the mask whenever module.weight is read, in the forward pass or elsewhere.
     parametrize.register_parametrization(module, weight, mask)
@@ -225,6 +232,9 @@ def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, gate: Optional[nn.Module]
     Returns the scores, (F,) for F inner dimensions. Raises ValueError, with nothing changed, where
     the outputs of fc1 or gate are not the inputs of fc2, or where one of them is masked already.
     """
+    for module in (fc1, fc2, gate):
+        if module is not None and _stores_in_out(module, module.weight):
+            raise ValueError(f"the weight of {type(module).__name__} is (in, out): (out, in) is expected")
     F, inputs = fc1.weight.flatten(1).shape
     outputs, columns = fc2.weight.flatten(1).shape
     if fc2.weight.shape[1] != F:
@@ -565,6 +575,25 @@ def _check_scores(scores: Tensor, grid: Sequence[int]) -> None:
         raise ValueError(f"{scores.numel()} shared scores for {rows}x{columns} blocks")
     if scores.element_size() < 4:
         raise ValueError(f"scores of {scores.dtype} lose the small steps: torch.float32 is needed")
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _stores_in_out(module: nn.Module, W: Tensor) -> bool:
+    """Whether the weight is known to be (in, out): transposed convolutions, Conv1D of transformers."""
+    if isinstance(module, TRANSPOSED):
+        return True
+    class_names = [cls.__name__ for cls in type(module).__mro__]
+    return "Conv1D" in class_names and W.dim() == 2
+
+
+def _check_output_dim(module: nn.Module, W: Tensor, output_dim: Optional[int]) -> None:
+    # A 0 that is said is believed for a class that happens to be named Conv1D, not for torch's own.
+    wrong = output_dim != 1 if isinstance(module, TRANSPOSED) else output_dim is None
+    if wrong and _stores_in_out(module, W):
+        raise ValueError(f"the weight of {type(module).__name__} is (in, out): say output_dim=1, or "
+                         f'bias="" to leave the bias without a mask')
 
 
 def _check_some_scores_learn(model: nn.Module) -> None:

@@ -373,3 +373,66 @@ def test_a_gate_that_does_not_fit_is_refused_with_nothing_changed():
     with pytest.raises(ValueError, match="gate"):
         cut_dimensions(up, down, F.silu, gate=nn.Linear(5, 8))
     assert up.out_features == 9
+
+
+# --------------------------------------------------------------- weights that are stored (in, out)
+
+
+class Conv1D(nn.Module):
+    """As in transformers: the weight is (in, out)."""
+
+    def __init__(self, outputs, inputs, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.ones(outputs)) if bias else None
+
+
+class Child(Conv1D):
+    pass
+
+
+@pytest.mark.parametrize("module", [nn.ConvTranspose1d(8, 8, 1), nn.ConvTranspose2d(8, 8, 3),
+                                    nn.ConvTranspose3d(8, 8, 1), nn.ConvTranspose2d(8, 5, 3),
+                                    Conv1D(8, 8), Child(8, 8), Conv1D(8, 6)])
+def test_a_weight_stored_in_out_is_refused_unless_it_is_said(module):
+    module = copy.deepcopy(module)
+    with pytest.raises(ValueError, match='output_dim=1.*bias=""'):
+        mask_weight(module, (1, 1))
+    assert not list(masks(module))
+    mask_weight(module, (1, 1), bias="")
+    assert list(module.parametrizations) == ["weight"]
+
+
+@pytest.mark.parametrize("module", [nn.ConvTranspose1d(8, 8, 1), Conv1D(8, 8), Conv1D(8, 6)])
+def test_output_dim_1_goes_with_a_weight_stored_in_out(module):
+    module = copy.deepcopy(module)
+    mask = mask_weight(module, (2, 2), output_dim=1)
+    set_threshold(module, 0.1)
+    mask.scores.data[:, 0] = DEAD
+    assert (module.bias != 0).tolist() == [False] * 2 + [True] * 6
+
+
+def test_a_transposed_convolution_with_a_kernel_is_told_the_way_out():
+    with pytest.raises(ValueError, match='bias=""'):
+        mask_weight(nn.ConvTranspose2d(8, 5, 3), (1, 1), output_dim=1)
+
+
+def test_without_a_bias_there_is_nothing_to_refuse():
+    for module in (nn.ConvTranspose2d(8, 8, 3, bias=False), Conv1D(8, 8, bias=False)):
+        mask_weight(module, (1, 1))
+    # What is stored (out, in) is left alone, whatever its name resembles.
+    mask_weight(nn.Conv1d(8, 8, 1), (1, 1))
+    # 0 may be said, where a class named Conv1D is somebody else's.
+    mask_weight(Conv1D(8, 8), (1, 1), output_dim=0)
+
+
+def test_mask_dimensions_refuses_weights_stored_in_out():
+    """Their sizes fit by chance: (8, 12) and (12, 8), as in GPT-2, whose inner dimension is 12, not 8."""
+    with pytest.raises(ValueError, match="Conv1D.*in, out"):
+        mask_dimensions(Conv1D(12, 8, bias=False), Conv1D(8, 12, bias=False))
+    conv = nn.Conv2d(3, 8, 1)
+    with pytest.raises(ValueError, match="ConvTranspose2d.*in, out"):
+        mask_dimensions(conv, nn.ConvTranspose2d(8, 8, 1, bias=False))
+    assert not list(masks(conv))
+    with pytest.raises(ValueError, match="output_dim=1"):
+        mask_weight(nn.ConvTranspose2d(8, 8, 1), (1, 1), output_dim=0)
