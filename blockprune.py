@@ -392,7 +392,8 @@ def bake(model: nn.Module) -> nn.Module:
 
     The model computes the same function, in plain modules that torch.save and torch.export take.
     Returns the model. Raises ValueError, with nothing changed, where a masked module has other
-    parametrizations too, or where scores or τ are NaN. Warns where no block is pruned.
+    parametrizations too, where scores or τ are NaN, or where a masked weight is tied to one that is not
+    masked alike; where both are, they stay tied. Warns where no block is pruned.
     """
     # All is checked before anything is changed.
     _check_not_nan(model)
@@ -408,14 +409,21 @@ def bake(model: nn.Module) -> nn.Module:
             raise ValueError("remove the other parametrizations of the masked modules first")
         if all(ours):
             masked_modules.append(module)
+    tied = _tied_originals(model, masked_modules)
     _warn_if_nothing_is_pruned(model)
 
     for module in masked_modules:
         # 1. Read the values as the module sees them: W ⊙ M(S), and the masked bias.
         values = {}
         for name, chain in module.parametrizations.items():
-            value = getattr(module, name).detach().clone()
-            values[name] = nn.Parameter(value, requires_grad=chain.original.requires_grad)
+            original = chain.original
+            parameter = tied.get(original)
+            if parameter is None:
+                value = getattr(module, name).detach().clone()
+                parameter = nn.Parameter(value, requires_grad=original.requires_grad)
+            if original in tied:
+                tied[original] = parameter      # for its other owners
+            values[name] = parameter
         # 2. Go back to the plain class. Note: torch's remove_parametrizations() would delete a
         #    property of the class it made, and deepcopy shares that class between copies of a model.
         del module.parametrizations
@@ -610,6 +618,27 @@ def _check_not_nan(model: nn.Module) -> None:
         if module.scores.isnan().any() or module.threshold.isnan():
             raise ValueError(f"scores or threshold are NaN in {name or 'the mask'}: training has diverged, "
                              f"go back to an earlier checkpoint and look at the loss and the gradients")
+
+
+def _tied_originals(model: nn.Module, masked_modules: Sequence[nn.Module]) -> Dict[Tensor, None]:
+    """The originals that several modules own, all of them masked alike."""
+    owners: Dict[Tensor, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter] = owners.get(parameter, 0) + 1
+    tied: Dict[Tensor, List[Tensor]] = {}       # to what each of its masked owners makes of it
+    for module in masked_modules:
+        for name, chain in module.parametrizations.items():
+            if owners[chain.original] > 1:
+                tied.setdefault(chain.original, []).append(getattr(module, name))
+    for original, values in tied.items():
+        alike = [torch.equal(value, values[0]) for value in values]
+        if len(values) < owners[original] or not all(alike):
+            names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is original]
+            raise ValueError(f"a masked weight has another owner, which is not masked alike: {names}; mask "
+                             f"all of them with the same scores=mask.scores, or untie them before bake() with "
+                             f"module.weight = nn.Parameter(module.weight.clone()) for those without a mask")
+    return dict.fromkeys(tied)
 
 
 def _warn_if_nothing_is_pruned(model: nn.Module) -> None:

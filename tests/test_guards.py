@@ -436,3 +436,53 @@ def test_mask_dimensions_refuses_weights_stored_in_out():
     assert not list(masks(conv))
     with pytest.raises(ValueError, match="output_dim=1"):
         mask_weight(nn.ConvTranspose2d(8, 8, 1), (1, 1), output_dim=0)
+
+
+# -------------------------------------------------------------------------------------- tied weights
+
+
+def tied_lm():
+    net = nn.ModuleDict({"embedding": nn.Embedding(9, 5), "head": nn.Linear(5, 9, bias=False)})
+    net["head"].weight = net["embedding"].weight
+    return net
+
+
+def test_bake_refuses_to_untie_a_weight():
+    net = tied_lm()
+    mask_weight(net["head"], (1, 5))
+    scatter(net)
+    with pytest.raises(ValueError, match="another owner.*head.*scores="):
+        bake(net)
+    assert len(list(masks(net))) == 1
+    # The way out that it names: a copy of its own for the other owner.
+    net["embedding"].weight = nn.Parameter(net["embedding"].weight.clone())
+    bake(net)
+    assert net["head"].weight.any(dim=1).sum() < 9 == net["embedding"].weight.any(dim=1).sum()
+
+
+def test_tied_weights_masked_alike_are_one_parameter_afterwards():
+    net = tied_lm()
+    mask = mask_weight(net["head"], (1, 5))
+    mask_weight(net["embedding"], (1, 5), scores=mask.scores)
+    scatter(net)
+    expected = net["head"].weight.clone()
+    bake(net)
+    assert net["head"].weight is net["embedding"].weight
+    assert torch.equal(net["head"].weight, expected) and not expected.all()
+
+
+def test_tied_weights_masked_otherwise_are_refused():
+    net = tied_lm()
+    mask_weight(net["head"], (1, 5))
+    mask_weight(net["embedding"], (1, 5))
+    scatter(net)
+    with pytest.raises(ValueError, match="another owner"):
+        bake(net)
+
+
+def test_a_module_that_is_used_twice_has_one_owner():
+    layer = nn.Linear(5, 5)
+    mask_weight(layer, (1, 1))
+    net = scatter(nn.Sequential(layer, nn.Tanh(), layer))
+    bake(net)
+    assert net[0] is net[2] and not net[0].weight.all()
