@@ -486,3 +486,50 @@ def test_a_module_that_is_used_twice_has_one_owner():
     net = scatter(nn.Sequential(layer, nn.Tanh(), layer))
     bake(net)
     assert net[0] is net[2] and not net[0].weight.all()
+
+
+# -------------------------------------------------------------------- heads of four plain linears
+
+
+def attend(x, query, key, value, out, heads):
+    """Attention as anyone writes it, whose heads are equal slices of rows; x: (B, T, E)."""
+    def split(y):
+        return y.view(len(x), x.shape[1], heads, 2).transpose(1, 2)     # (B, H, T, 2)
+    Q = split(query(x))
+    K = split(key(x))
+    V = split(value(x))
+    mixed = F.scaled_dot_product_attention(Q, K, V).transpose(1, 2)     # (B, T, H, 2)
+    return out(mixed.flatten(2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_of_four_plain_linears_are_cut_exactly(bias):
+    """Five heads of size 2: one without values, one that nobody reads, three that stay."""
+    query, key, value = [nn.Linear(7, 10, bias=bias).double() for _ in range(3)]
+    out = nn.Linear(10, 4, bias=bias).double()
+    x = torch.randn(3, 6, 7).double()
+    value.weight.data[2:4] = 0          # head 1: its values are their bias, at every token
+    out.weight.data[:, 6:8] = 0         # head 3
+    key.weight.data[0:2] = 0            # head 0: attention is uniform, the head adds a mean: it stays
+    out.weight.data[:, 8:9] = 0         # head 4: half of it is left, it stays
+    expected = attend(x, query, key, value, out, heads=5)
+    rows = query.weight[[0, 1, 4, 5, 8, 9]].clone()
+    assert cut_heads(query, key, value, out, head_size=2) == 3
+    assert torch.equal(query.weight, rows)
+    for linear in (query, key, value):
+        assert linear.out_features == len(linear.weight) == 6
+    assert out.in_features == out.weight.shape[1] == 6
+    assert_close(attend(x, query, key, value, out, heads=3), expected, rtol=0, atol=1e-12)
+    assert (out.bias is not None) == bias
+
+
+def test_a_constant_of_heads_makes_a_bias_where_out_had_none():
+    query, key, value = [nn.Linear(7, 4).double() for _ in range(3)]
+    out = nn.Linear(4, 3, bias=False).double()
+    x = torch.randn(3, 6, 7).double()
+    value.weight.data[0:2] = 0
+    constant = out.weight[:, 0:2] @ value.bias[0:2]
+    expected = attend(x, query, key, value, out, heads=2)
+    assert cut_heads(query, key, value, out, head_size=2) == 1
+    assert_close(out.bias, constant)
+    assert_close(attend(x, query, key, value, out, heads=1), expected, rtol=0, atol=1e-12)
