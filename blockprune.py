@@ -115,7 +115,7 @@ class BlockMask(nn.Module):
 
     def block_mask(self) -> Tensor:
         """M(S) on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉)."""
-        return StraightThrough.apply(self.scores, self.threshold).view(self.grid)
+        return StraightThrough.apply(_full(self.scores), self.threshold).view(self.grid)
 
     def weight_mask(self) -> Tensor:
         """M(S) on the weight, R × C, or of length 1 along a dimension that one block spans.
@@ -325,7 +325,7 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
     total = 0.0
     for kind, tensors in scores_by_kind.items():
         # The mean over a kind's score tensors, each of which is a mean over its blocks.
-        kind_mean = sum(S.sigmoid().mean() for S in tensors.values()) / len(tensors)
+        kind_mean = sum(_full(S).sigmoid().mean() for S in tensors.values()) / len(tensors)
         total = total + weights.get(kind, 1.0) * kind_mean
     return total / len(scores_by_kind)
 
@@ -575,6 +575,13 @@ def _at_least_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
             return tensor.to(converted.device, torch.float32)
         return converted
     return exact_fn
+
+
+def _full(scores: Tensor) -> Tensor:
+    """All scores, where each process holds a shard of them only, as a DTensor under FSDP2."""
+    if hasattr(scores, "full_tensor"):
+        return scores.full_tensor()
+    return scores
 
 
 def _check_scores(scores: Tensor, grid: Sequence[int]) -> None:

@@ -533,3 +533,30 @@ def test_a_constant_of_heads_makes_a_bias_where_out_had_none():
     assert cut_heads(query, key, value, out, head_size=2) == 1
     assert_close(out.bias, constant)
     assert_close(attend(x, query, key, value, out, heads=1), expected, rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- shards
+
+
+class Shard(torch.Tensor):
+    """The scores as FSDP2 leaves them on one of two ranks: a half of them, and a way to all."""
+
+    whole: torch.Tensor
+
+    def full_tensor(self):
+        return self.whole
+
+
+def test_density_and_penalty_are_of_the_full_tensor():
+    layer = nn.Linear(4, 6)
+    mask = mask_weight(layer, (2, 4))
+    set_threshold(layer, 0.1)
+    whole = torch.tensor([[DEAD], [1.0], [2.0]], requires_grad=True)
+    shard = torch.zeros(1, 1).as_subclass(Shard)
+    shard.whole = whole
+    del mask.scores
+    mask.scores = shard
+    assert density(layer)["all"] == pytest.approx(2 / 3)
+    assert_close(penalty(layer), whole.sigmoid().mean())
+    penalty(layer).backward()
+    assert_close(whole.grad, whole.detach().sigmoid() * (1 - whole.detach().sigmoid()) / 3)
