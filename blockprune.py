@@ -234,7 +234,7 @@ def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, gate: Optional[nn.Module]
     """
     for module in (fc1, fc2, gate):
         if module is not None and _stores_in_out(module, module.weight):
-            raise ValueError(f"the weight of {type(module).__name__} is (in, out): (out, in) is expected")
+            raise ValueError(f"the weight of {type(module).__name__} is (in, out), not (out, in)")
     F, inputs = fc1.weight.flatten(1).shape
     outputs, columns = fc2.weight.flatten(1).shape
     if fc2.weight.shape[1] != F:
@@ -392,8 +392,8 @@ def bake(model: nn.Module) -> nn.Module:
 
     The model computes the same function, in plain modules that torch.save and torch.export take.
     Returns the model. Raises ValueError, with nothing changed, where a masked module has other
-    parametrizations too, where scores or τ are NaN, or where a masked weight is tied to one that is not
-    masked alike; where both are, they stay tied. Warns where no block is pruned.
+    parametrizations too, where scores or τ are NaN, or where a masked weight is tied to one that
+    is not masked alike; where both are, they stay tied. Warns where no block is pruned.
     """
     # All is checked before anything is changed.
     _check_not_nan(model)
@@ -614,8 +614,8 @@ def _check_output_dim(module: nn.Module, W: Tensor, output_dim: Optional[int]) -
 def _check_some_scores_learn(model: nn.Module) -> None:
     learning = [mask.scores.requires_grad for mask in masks(model)]
     if learning and not any(learning):
-        raise ValueError("every score is frozen, nothing would be pruned: set mask.scores.requires_grad "
-                         "for masks(model), or score_lr=None to train the weights alone")
+        raise ValueError("every score is frozen, nothing would be pruned: set requires_grad of "
+                         "mask.scores for masks(model), or score_lr=None to train the weights alone")
 
 
 def _check_not_nan(model: nn.Module) -> None:
@@ -623,8 +623,8 @@ def _check_not_nan(model: nn.Module) -> None:
         if not isinstance(module, BlockMask) or module.scores.is_meta:
             continue
         if module.scores.isnan().any() or module.threshold.isnan():
-            raise ValueError(f"scores or threshold are NaN in {name or 'the mask'}: training has diverged, "
-                             f"go back to an earlier checkpoint and look at the loss and the gradients")
+            raise ValueError(f"scores or threshold are NaN in {name or 'the mask'}: training has "
+                             f"diverged, go back to a checkpoint and look at loss and gradients")
 
 
 def _tied_originals(model: nn.Module, masked_modules: Sequence[nn.Module]) -> Dict[Tensor, None]:
@@ -641,10 +641,12 @@ def _tied_originals(model: nn.Module, masked_modules: Sequence[nn.Module]) -> Di
     for original, values in tied.items():
         alike = [torch.equal(value, values[0]) for value in values]
         if len(values) < owners[original] or not all(alike):
-            names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is original]
-            raise ValueError(f"a masked weight has another owner, which is not masked alike: {names}; mask "
-                             f"all of them with the same scores=mask.scores, or untie them before bake() with "
-                             f"module.weight = nn.Parameter(module.weight.clone()) for those without a mask")
+            everything = model.named_parameters(remove_duplicate=False)
+            names = [name for name, parameter in everything if parameter is original]
+            raise ValueError(
+                f"a masked weight has another owner, which is not masked alike: {names}; mask all of "
+                f"them with the same scores=mask.scores, or untie those without a mask before bake(), "
+                f"with module.weight = nn.Parameter(module.weight.clone())")
     return dict.fromkeys(tied)
 
 
@@ -666,9 +668,9 @@ def _warn_if_nothing_is_pruned(model: nn.Module) -> None:
     if min(thresholds) == 0 or untouched or not pruned:
         warnings.warn(
             f"nothing, or not what was meant, is pruned, with τ from {min(thresholds):g} to "
-            f"{max(thresholds):g} and scores from {min(lowest):g} to {max(highest):g}: was set_threshold() "
-            f"called, were the masks put on before the optimiser was made, and did it get the scores "
-            f"with a rate of about 1e-2, as in parameter_groups()?", stacklevel=4)
+            f"{max(thresholds):g} and scores from {min(lowest):g} to {max(highest):g}: was "
+            f"set_threshold() called, were the masks put on before the optimiser was made, and did "
+            f"it get the scores with a rate of about 1e-2, as in parameter_groups()?", stacklevel=4)
 
 
 def _check_plain_linears(*linears: nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""blockprune.py in other people's training code: it does what they expect, or says in a sentence why not.
+"""blockprune.py in other people's training code: it does what they expect, or says why not.
 
-In order: torch.func; the precision of scores; what is refused while training and in bake; shared scores in
-checkpoints; layers with a gate, and heads cut by hand. Letters as in blockprune.py.
+In order: torch.func; the precision of scores; what is never learned; which act may be cut; shared
+scores in checkpoints; layers with a gate; weights stored (in, out); tied weights; heads cut by hand;
+shards. Letters as in blockprune.py.
 """
 import copy
 import io
@@ -13,7 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-import blockprune
 from blockprune import (BlockMask, bake, cut_dimensions, cut_heads, density, mask_dimensions,
                         mask_weight, masks, parameter_groups, penalty, set_threshold)
 
@@ -253,8 +253,9 @@ def test_cut_dimensions_refuses_an_act_that_mixes_dimensions(act):
     assert fc1.out_features == 9 and torch.equal(fc1.weight, before["weight"])
 
 
-@pytest.mark.parametrize("act", [F.gelu, F.relu, torch.tanh, nn.SiLU(), nn.PReLU().double(), nn.Identity(),
-                                 nn.ELU(inplace=True), lambda x: F.gelu(x, approximate="tanh")])
+@pytest.mark.parametrize("act", [
+    F.gelu, F.relu, torch.tanh, nn.SiLU(), nn.PReLU().double(), nn.Identity(), nn.ELU(inplace=True),
+    lambda x: F.gelu(x, approximate="tanh")])
 @pytest.mark.parametrize("width", [1, 2, 9])
 def test_cut_dimensions_takes_an_act_of_single_numbers(act, width):
     fc1 = nn.Linear(5, width).double()
@@ -284,7 +285,10 @@ def test_no_two_entries_of_a_checkpoint_share_memory():
     assert sum(name.endswith("scores") for name in state) == 4
     assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
     for name, tensor in state.items():
-        assert torch.equal(tensor, net.get_parameter(name) if "threshold" not in name else torch.tensor(0.4))
+        if name.endswith("threshold"):
+            assert torch.equal(tensor, torch.tensor(0.4))
+        else:
+            assert torch.equal(tensor, net.get_parameter(name))
 
 
 def test_a_strict_load_keeps_shared_scores_tied():
@@ -427,7 +431,7 @@ def test_without_a_bias_there_is_nothing_to_refuse():
 
 
 def test_mask_dimensions_refuses_weights_stored_in_out():
-    """Their sizes fit by chance: (8, 12) and (12, 8), as in GPT-2, whose inner dimension is 12, not 8."""
+    """Their sizes fit by chance: (8, 12) and (12, 8), with 12 inner dimensions, as in GPT-2."""
     with pytest.raises(ValueError, match="Conv1D.*in, out"):
         mask_dimensions(Conv1D(12, 8, bias=False), Conv1D(8, 12, bias=False))
     conv = nn.Conv2d(3, 8, 1)
