@@ -32,6 +32,7 @@ Comments: `# Paper:` is the authors' method, `# Note:` our remark, `# Differs:` 
 Left out, since the paper's final models do not use them: top-k, L0 and magnitude masks.
 """
 import math
+import warnings
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
@@ -56,10 +57,17 @@ class StraightThrough(torch.autograd.Function):
     Source: [R:modules/binarizer.py].
     """
 
+    # So written, with the context apart, it works under torch.func: grad, vmap and the others.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, scores: Tensor, threshold: Tensor) -> Tensor:
+    def forward(scores: Tensor, threshold: Tensor) -> Tensor:
         kept = torch.sigmoid(scores) > threshold
         return kept.to(scores.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass    # the gradient needs nothing of the forward pass
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -79,6 +87,7 @@ class BlockMask(nn.Module):
     block: (r, c) with 1 ≤ r ≤ R and 1 ≤ c ≤ C.
     scores: a parameter to share with other masks, with one element for each of the ⌈R/r⌉ · ⌈C/c⌉
         blocks. Fresh scores are 0, where σ is 0.5 and far above any τ in use: all blocks are kept.
+        Scores and τ stay fp32 (or fp64) in a model of fp16 or bf16: small steps would round away.
     kind: the group that penalty() and density() count this weight in.
     Raises ValueError where block or scores do not fit.
     """
@@ -96,17 +105,17 @@ class BlockMask(nn.Module):
         self.block = (r, c)
         self.grid = (rows, columns)
         self.kind = kind
+        self.scores_are_given = scores is not None
         if scores is None:
-            scores = nn.Parameter(torch.zeros(rows, columns))
-        if scores.numel() != rows * columns:
-            raise ValueError(f"{scores.numel()} shared scores for {rows}x{columns} blocks")
+            scores = nn.Parameter(torch.zeros(rows, columns, dtype=_score_dtype()))
+        _check_scores(scores, self.grid)
         self.scores = scores
         # τ is a buffer: it is saved with the model, so a reloaded model still prunes.
-        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold", torch.zeros((), dtype=_score_dtype()))
 
     def block_mask(self) -> Tensor:
         """M(S) on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉)."""
-        return StraightThrough.apply(self.scores, self.threshold).view(self.grid)
+        return StraightThrough.apply(_full(self.scores), self.threshold).view(self.grid)
 
     def weight_mask(self) -> Tensor:
         """M(S) on the weight, R × C, or of length 1 along a dimension that one block spans.
@@ -131,6 +140,17 @@ class BlockMask(nn.Module):
         mask = self.weight_mask().to(weight.dtype)
         masked = weight.flatten(1) * mask               # W′ = W ⊙ M(S), (R, C)
         return masked.view_as(weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        # model.half() and its like come through here: scores and τ move with the model, in fp32.
+        return super()._apply(_at_least_fp32(fn), recurse)
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # safetensors refuses tensors that share memory, as shared scores would: a copy is written.
+        # Loading fills the one parameter that the masks of a model share.
+        if self.scores_are_given and not keep_vars:
+            destination[prefix + "scores"] = destination[prefix + "scores"].clone()
 
 
 class BiasMask(nn.Module):
@@ -162,17 +182,19 @@ class BiasMask(nn.Module):
 
 
 def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weight",
-                bias: str = "bias", output_dim: int = 0, scores: Optional[nn.Parameter] = None,
-                kind: str = "ffn") -> BlockMask:
+                bias: str = "bias", output_dim: Optional[int] = None,
+                scores: Optional[nn.Parameter] = None, kind: str = "ffn") -> BlockMask:
     """Put a block mask on one weight of a module, and on the bias that goes with it.
 
     From here on `module.weight` is W ⊙ M(S), and W itself `module.parametrizations.weight.original`.
     The module knows nothing of it: nn.Linear, nn.Conv2d, nn.MultiheadAttention and others will do.
 
     block: (r, c), a tile of the weight as it is stored.
-    weight, bias: the names of the two parameters. A bias that is absent or None is skipped.
+    weight, bias: the names of the two parameters. A bias that is absent or None is skipped, and
+        bias="" leaves it without a mask.
     output_dim: the dimension of the weight that holds the outputs: 0 where weights are (out, in), as
-        in torch; 1 where they are (in, out), as in GPT-2.
+        in torch; 1 where they are (in, out), as in GPT-2. None is 0, but refused where it is known
+        to be wrong.
     scores, kind: see BlockMask.
     Returns the mask. Raises ValueError, with nothing changed, where block, bias or scores do not fit.
     """
@@ -182,10 +204,15 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
         raise ValueError(f"the {weight} of {type(module).__name__} is parametrized already")
     if W.dim() < 2:
         raise ValueError(f"a weight of two and more dimensions is expected, not {tuple(W.shape)}")
+    if b is not None:
+        _check_output_dim(module, W, output_dim)
+    if output_dim is None:
+        output_dim = 0
     matrix_shape = W.flatten(1).shape       # a convolution is (out, in · kh · kw)
     if b is not None and len(b) != matrix_shape[output_dim]:
         raise ValueError(f"a weight of {tuple(W.shape)} with its outputs in dimension {output_dim} does "
-                         f"not go with a bias of {tuple(b.shape)}")
+                         f"not go with a bias of {tuple(b.shape)}: say output_dim=1 where weights are "
+                         f'(in, out), or bias="" to leave the bias without a mask')
     mask = BlockMask(matrix_shape, block, scores, kind).to(W.device)
     # torch calls the mask whenever module.weight is read, in the forward pass or elsewhere.
     parametrize.register_parametrization(module, weight, mask)
@@ -194,24 +221,34 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
     return mask
 
 
-def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, kind: str = "ffn") -> nn.Parameter:
+def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, gate: Optional[nn.Module] = None,
+                    kind: str = "ffn") -> nn.Parameter:
     """One score for each inner dimension of fc2(act(fc1(x))): row j of fc1 with column j of fc2.
 
     Paper: the feed-forward layers of Hybrid ([R:modules/masked_nn.py], 1d_alt).
 
     fc1, fc2: weights of (out, in), or convolutions of (out, in, kh, kw).
+    gate: of a layer fc2(act(gate(x)) · fc1(x)), as in LLaMA: its row j has the same score.
     Returns the scores, (F,) for F inner dimensions. Raises ValueError, with nothing changed, where
-    the outputs of fc1 are not the inputs of fc2, or where one of the two is masked already.
+    the outputs of fc1 or gate are not the inputs of fc2, or where one of them is masked already.
     """
+    for module in (fc1, fc2, gate):
+        if module is not None and _stores_in_out(module, module.weight):
+            raise ValueError(f"the weight of {type(module).__name__} is (in, out), not (out, in)")
     F, inputs = fc1.weight.flatten(1).shape
     outputs, columns = fc2.weight.flatten(1).shape
     if fc2.weight.shape[1] != F:
         raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs")
     if parametrize.is_parametrized(fc1, "weight") or parametrize.is_parametrized(fc2, "weight"):
         raise ValueError("fc1 or fc2 is parametrized already")
-    scores = nn.Parameter(torch.zeros(F, device=fc1.weight.device))
-    # Both masks have the same scores: a dimension is kept or pruned on both of its sides at once.
+    if gate is not None:
+        _check_gate(gate, F)
+    scores = nn.Parameter(torch.zeros(F, device=fc1.weight.device, dtype=_score_dtype()))
+    # All masks have the same scores: a dimension is kept or pruned on both of its sides at once.
     mask_weight(fc1, (1, inputs), scores=scores, kind=kind)                 # a block is a row
+    if gate is not None:
+        gate_inputs = gate.weight.flatten(1).shape[1]
+        mask_weight(gate, (1, gate_inputs), scores=scores, kind=kind)
     # A column is as wide as a kernel of fc2: 1 in a linear, kh · kw in a convolution.
     mask_weight(fc2, (outputs, columns // F), scores=scores, kind=kind)
     return scores
@@ -288,7 +325,7 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
     total = 0.0
     for kind, tensors in scores_by_kind.items():
         # The mean over a kind's score tensors, each of which is a mean over its blocks.
-        kind_mean = sum(S.sigmoid().mean() for S in tensors.values()) / len(tensors)
+        kind_mean = sum(_full(S).sigmoid().mean() for S in tensors.values()) / len(tensors)
         total = total + weights.get(kind, 1.0) * kind_mean
     return total / len(scores_by_kind)
 
@@ -301,7 +338,10 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
     act on all of them ([R:patch_coordinator.py], create_optimizer_groups; [R:sparse_trainer.py]).
     Note: scores must not decay toward 0, that is toward being kept. Their 0 is written out, because
     AdamW's default is 0.01.
+    Raises ValueError where every score is frozen, unless score_lr is None: then it is meant so.
     """
+    if score_lr is not None:
+        _check_some_scores_learn(model)
     # By identity, so that scores which masks share are there once. What is frozen stays frozen.
     scores = {}
     for mask in masks(model):
@@ -330,7 +370,9 @@ def density(model: nn.Module) -> Dict[str, float]:
     """The fraction of the masked weights that their masks keep, by kind, and for "all" of them.
 
     Biases do not count. A weight that a mask keeps counts even where it is zero by itself.
+    Raises ValueError where scores or τ are NaN: σ(NaN) > τ is false, the blocks would count as pruned.
     """
+    _check_not_nan(model)
     kept: Dict[str, float] = {}
     size: Dict[str, int] = {}
     for mask in masks(model):
@@ -350,9 +392,11 @@ def bake(model: nn.Module) -> nn.Module:
 
     The model computes the same function, in plain modules that torch.save and torch.export take.
     Returns the model. Raises ValueError, with nothing changed, where a masked module has other
-    parametrizations too.
+    parametrizations too, where scores or τ are NaN, or where a masked weight is tied to one that
+    is not masked alike; where both are, they stay tied. Warns where no block is pruned.
     """
     # All is checked before anything is changed.
+    _check_not_nan(model)
     masked_modules = []
     for module in model.modules():
         if not parametrize.is_parametrized(module):
@@ -365,13 +409,21 @@ def bake(model: nn.Module) -> nn.Module:
             raise ValueError("remove the other parametrizations of the masked modules first")
         if all(ours):
             masked_modules.append(module)
+    tied = _tied_originals(model, masked_modules)
+    _warn_if_nothing_is_pruned(model)
 
     for module in masked_modules:
         # 1. Read the values as the module sees them: W ⊙ M(S), and the masked bias.
         values = {}
         for name, chain in module.parametrizations.items():
-            value = getattr(module, name).detach().clone()
-            values[name] = nn.Parameter(value, requires_grad=chain.original.requires_grad)
+            original = chain.original
+            parameter = tied.get(original)
+            if parameter is None:
+                value = getattr(module, name).detach().clone()
+                parameter = nn.Parameter(value, requires_grad=original.requires_grad)
+            if original in tied:
+                tied[original] = parameter      # for its other owners
+            values[name] = parameter
         # 2. Go back to the plain class. Note: torch's remove_parametrizations() would delete a
         #    property of the class it made, and deepcopy shares that class between copies of a model.
         del module.parametrizations
@@ -422,7 +474,8 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
 
 
 @torch.no_grad()
-def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tensor]) -> int:
+def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tensor], *,
+                   gate: Optional[nn.Linear] = None) -> int:
     """Remove, in place, the inner dimensions of fc2(act(fc1(x))) that add nothing or a constant.
 
     fc1, fc2: (F, in) and (out, F), baked, with or without biases. act: works on single numbers.
@@ -431,23 +484,49 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
         column j of fc2 all 0      the dimension adds nothing
         row j of fc1 all 0         its activation is act(b₁[j]): it adds act(b₁[j]) · fc2[:, j]
 
+    gate: (F, in) of a layer fc2(act(gate(x)) · fc1(x)). Its activation j is act(gateⱼ) · fc1ⱼ:
+
+        both rows j all 0                     the constant act(b_gate[j]) · b₁[j]
+        row j and bias j of fc1 all 0         the constant 0, whatever the gate
+        row j of gate 0, act(b_gate[j]) 0     the constant 0, whatever fc1
+
     The constant goes into the bias of fc2, in fp64; where fc2 had none, it gets one.
-    Raises ValueError where the linears are not plain, or fc2 does not take what fc1 gives.
+    Raises ValueError where the linears are not plain, fc2 does not take what fc1 gives, or act mixes
+    dimensions, as softmax and LayerNorm do.
     """
-    _check_dimensions(fc1, fc2)
+    _check_dimensions(fc1, fc2, gate)
+    _check_act(act, fc1.weight.device)
     W1 = fc1.weight.double()                                    # (F, in)
     W2 = fc2.weight.double()                                    # (out, F)
-    # A dimension is needed where both its row of W1 and its column of W2 have something in them.
-    kept = (W1 != 0).any(dim=1) & (W2 != 0).any(dim=0)          # (F,)
+    b1 = _bias_or_zeros(fc1)                                    # (F,)
+    # A dimension is needed where its activation varies, and its column of W2 has something in it.
+    varies = (W1 != 0).any(dim=1)                               # (F,)
+    if gate is not None:
+        b_gate = _bias_or_zeros(gate)
+        gate_varies = (gate.weight != 0).any(dim=1)
+        gate_opens = gate_varies | (act(b_gate.clone()) != 0)
+        fc1_opens = varies | (b1 != 0)
+        varies = (varies | gate_varies) & gate_opens & fc1_opens
+    kept = varies & (W2 != 0).any(dim=0)
     # What the others still add is W2 act(b₁). Without a bias that is W2 act(0), and act(0) may not be 0.
-    b1 = W1.new_zeros(len(W1))
-    if fc1.bias is not None:
-        b1 = fc1.bias.double()
-    constant = W2[:, ~kept] @ act(b1[~kept])                    # (out,)
+    if gate is None:
+        activation = act(b1[~kept])
+    else:
+        activation = act(b_gate[~kept]) * b1[~kept]
+    constant = W2[:, ~kept] @ activation                        # (out,)
     _add_to_bias(fc2, constant)
     _keep_outputs(fc1, kept)
+    if gate is not None:
+        _keep_outputs(gate, kept)
     _keep_inputs(fc2, kept)
     return int(kept.sum())
+
+
+def _bias_or_zeros(linear: nn.Linear) -> Tensor:
+    """The bias in fp64, zeros where there is none."""
+    if linear.bias is None:
+        return linear.weight.new_zeros(linear.out_features, dtype=torch.float64)
+    return linear.bias.double()
 
 
 def _add_to_bias(linear: nn.Linear, constant: Tensor) -> None:
@@ -480,6 +559,120 @@ def _keep_inputs(linear: nn.Linear, kept: Tensor) -> None:
 # Against misuse, with a sentence that says what is wrong. They are no part of the method.
 
 
+def _score_dtype() -> torch.dtype:
+    """The dtype of fresh scores: torch's default, or fp32 where that is less exact."""
+    return torch.promote_types(torch.float32, torch.get_default_dtype())
+
+
+def _at_least_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn, which moves or converts a tensor, without the loss of precision.
+
+    A step under 0.0078 does not move a bf16 score near −2: its neighbours are 0.0156 away.
+    """
+    def exact_fn(tensor: Tensor) -> Tensor:
+        converted = fn(tensor)
+        if converted.is_floating_point() and converted.element_size() < 4:
+            return tensor.to(converted.device, torch.float32)
+        return converted
+    return exact_fn
+
+
+def _full(scores: Tensor) -> Tensor:
+    """All scores, where each process holds a shard of them only, as a DTensor under FSDP2."""
+    if hasattr(scores, "full_tensor"):
+        return scores.full_tensor()
+    return scores
+
+
+def _check_scores(scores: Tensor, grid: Sequence[int]) -> None:
+    rows, columns = grid
+    if scores.numel() != rows * columns:
+        raise ValueError(f"{scores.numel()} shared scores for {rows}x{columns} blocks")
+    if scores.element_size() < 4:
+        raise ValueError(f"scores of {scores.dtype} lose the small steps: torch.float32 is needed")
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _stores_in_out(module: nn.Module, W: Tensor) -> bool:
+    """Whether the weight is known to be (in, out): transposed convolutions, Conv1D of transformers."""
+    if isinstance(module, TRANSPOSED):
+        return True
+    class_names = [cls.__name__ for cls in type(module).__mro__]
+    return "Conv1D" in class_names and W.dim() == 2
+
+
+def _check_output_dim(module: nn.Module, W: Tensor, output_dim: Optional[int]) -> None:
+    # A 0 that is said is believed for a class that happens to be named Conv1D, not for torch's own.
+    wrong = output_dim != 1 if isinstance(module, TRANSPOSED) else output_dim is None
+    if wrong and _stores_in_out(module, W):
+        raise ValueError(f"the weight of {type(module).__name__} is (in, out): say output_dim=1, or "
+                         f'bias="" to leave the bias without a mask')
+
+
+def _check_some_scores_learn(model: nn.Module) -> None:
+    learning = [mask.scores.requires_grad for mask in masks(model)]
+    if learning and not any(learning):
+        raise ValueError("every score is frozen, nothing would be pruned: set requires_grad of "
+                         "mask.scores for masks(model), or score_lr=None to train the weights alone")
+
+
+def _check_not_nan(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, BlockMask) or module.scores.is_meta:
+            continue
+        if module.scores.isnan().any() or module.threshold.isnan():
+            raise ValueError(f"scores or threshold are NaN in {name or 'the mask'}: training has "
+                             f"diverged, go back to a checkpoint and look at loss and gradients")
+
+
+def _tied_originals(model: nn.Module, masked_modules: Sequence[nn.Module]) -> Dict[Tensor, None]:
+    """The originals that several modules own, all of them masked alike."""
+    owners: Dict[Tensor, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter] = owners.get(parameter, 0) + 1
+    tied: Dict[Tensor, List[Tensor]] = {}       # to what each of its masked owners makes of it
+    for module in masked_modules:
+        for name, chain in module.parametrizations.items():
+            if owners[chain.original] > 1:
+                tied.setdefault(chain.original, []).append(getattr(module, name))
+    for original, values in tied.items():
+        alike = [torch.equal(value, values[0]) for value in values]
+        if len(values) < owners[original] or not all(alike):
+            everything = model.named_parameters(remove_duplicate=False)
+            names = [name for name, parameter in everything if parameter is original]
+            raise ValueError(
+                f"a masked weight has another owner, which is not masked alike: {names}; mask all of "
+                f"them with the same scores=mask.scores, or untie those without a mask before bake(), "
+                f"with module.weight = nn.Parameter(module.weight.clone())")
+    return dict.fromkeys(tied)
+
+
+def _warn_if_nothing_is_pruned(model: nn.Module) -> None:
+    thresholds = []
+    lowest = []
+    highest = []
+    pruned = False
+    for mask in masks(model):
+        if mask.scores.is_meta:
+            return
+        thresholds.append(mask.threshold.item())
+        lowest.append(mask.scores.min().item())
+        highest.append(mask.scores.max().item())
+        pruned = pruned or not mask.block_mask().all()
+    if not thresholds:
+        return
+    untouched = min(lowest) == max(highest) == 0
+    if min(thresholds) == 0 or untouched or not pruned:
+        warnings.warn(
+            f"nothing, or not what was meant, is pruned, with τ from {min(thresholds):g} to "
+            f"{max(thresholds):g} and scores from {min(lowest):g} to {max(highest):g}: was "
+            f"set_threshold() called, were the masks put on before the optimiser was made, and did "
+            f"it get the scores with a rate of about 1e-2, as in parameter_groups()?", stacklevel=4)
+
+
 def _check_plain_linears(*linears: nn.Module) -> None:
     for linear in linears:
         if not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
@@ -497,7 +690,32 @@ def _check_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Lin
         raise ValueError(f"{inner} rows are no whole number of heads of {head_size}")
 
 
-def _check_dimensions(fc1: nn.Linear, fc2: nn.Linear) -> None:
+def _check_dimensions(fc1: nn.Linear, fc2: nn.Linear, gate: Optional[nn.Linear]) -> None:
     _check_plain_linears(fc1, fc2)
     if fc1.out_features != fc2.in_features:
         raise ValueError(f"as many outputs of fc1 as inputs of fc2 are expected: {fc1}, {fc2}")
+    if gate is not None:
+        _check_plain_linears(gate)
+        _check_gate(gate, fc1.out_features)
+
+
+def _check_gate(gate: nn.Module, F: int) -> None:
+    if len(gate.weight) != F:
+        raise ValueError(f"the gate has {len(gate.weight)} outputs, but fc1 has {F}")
+    if parametrize.is_parametrized(gate, "weight"):
+        raise ValueError("the gate is parametrized already")
+
+
+def _check_act(act: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    """act of some numbers must be act of each by itself, else a dimension could not be taken out."""
+    values = torch.tensor([-3, -1.5, -0.5, 0, 0.25, 1, 2, 6], dtype=torch.float64, device=device)
+    try:
+        together = act(values.clone())                      # a clone, since act may work in place
+        apart = torch.stack([act(value.clone().view(1)) for value in values])
+        fits = together.shape == values.shape and apart.shape == (len(values), 1)
+        fits = fits and torch.allclose(together, apart[:, 0], rtol=1e-4, atol=1e-6, equal_nan=True)
+    except Exception as error:      # whatever act raises where it is given another number of values
+        raise ValueError(f"act does not take single numbers of fp64: {error}") from error
+    if not fits:
+        raise ValueError("act is expected to work on single numbers, but act of eight numbers is not "
+                         "act of each: softmax, norms, GLU and dropout in training cannot be cut")
