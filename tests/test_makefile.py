@@ -418,3 +418,111 @@ def test_make_test_keeps_the_output_of_its_halves_apart(tmp_path):
     assert sorted(lines[::2]) == ["tests begins", "tests/test_pipeline.py begins"]
     assert lines[1] == lines[0].replace("begins", "ends")
     assert lines[3] == lines[2].replace("begins", "ends")
+
+
+def changed_python(path: Path, change: str) -> Path:
+    """A Python that first runs the statement `change`. It fails where it is to make or install."""
+    return script(path, f"""
+        if [ "$1" != -c ]; then echo 'line after line'; exit 1; fi
+        shift
+        exec '{sys.executable}' -c 'import sys; {change}; exec(sys.argv.pop(1))' "$@"
+        """)
+
+
+@pytest.mark.parametrize("version", [(2, 7), (3, 9), (3, 10)])
+@pytest.mark.parametrize("environment", ["", ".venv"])
+def test_an_old_python_is_named_before_anything_is_made(tmp_path, version, environment):
+    python = changed_python(tmp_path / "python", f"sys.version_info = {version}")
+    done = make(tmp_path, "squad", PYTHON=python, VENV=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert said(done) == ["Python 3.11 or later is needed, this is %d.%d"
+                          " (PYTHON=python3.11 takes another)" % version]
+    assert set(contents(tmp_path)) == {"Makefile", "python", "requirements.txt"}
+
+
+def python_without_pip(path: Path) -> Path:
+    """A Python whose environments are made in no time: their pip prints its arguments and is done."""
+    pip = path.parent / "packages/pip"
+    pip.mkdir(parents=True)
+    (pip / "__main__.py").write_text("import sys; print('pip', *sys.argv[1:])")
+    return script(path, f"""
+        if [ "$1 $2" != '-m venv' ]; then exec '{sys.executable}' "$@"; fi
+        shift 2
+        for folder; do true; done       # the last argument
+        '{sys.executable}' -m venv --without-pip "$@"
+        for packages in "$folder"/lib/python*/site-packages; do
+          echo '{pip.parent}' > "$packages/pip.pth"
+        done
+        """)
+
+
+def test_the_second_try_with_another_python_works(tmp_path):
+    """What an older Python left in .venv goes, above all the link to that Python."""
+    old = changed_python(tmp_path / "python3.9", "sys.version_info = (3, 9)")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(old)
+    new = python_without_pip(tmp_path / "python3.11")
+    done = make(tmp_path, "install", PYTHON=new, VENV=".venv", PIP_ARGS="--more flags")
+    assert done.returncode == 0, done.stderr
+    assert "pip install -q --disable-pip-version-check --more flags -r requirements.txt" in done.stdout
+    assert (tmp_path / ".venv/bin/python").resolve() == Path(sys.executable).resolve()
+    assert not (tmp_path / "installing.tmp").exists()
+
+    # Once it is made, PYTHON is not asked for any more.
+    done = make(tmp_path, "install", PYTHON=old, VENV=".venv")
+    assert done.returncode == 0 and "making" not in done.stdout
+
+
+def test_an_environment_of_another_name_is_not_emptied(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_bytes(b"years of work")
+    done = make(tmp_path, "install", PYTHON=python_without_pip(tmp_path / "python"), VENV="mine")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine/thesis.txt").read_bytes() == b"years of work"
+
+
+def test_only_one_make_installs(tmp_path):
+    (tmp_path / "installing.tmp").mkdir()
+    done = make(tmp_path, "install", PYTHON=python_without_pip(tmp_path / "python"), VENV=".venv")
+    assert done.returncode == 2
+    assert said(done)[-1] == ("another make is installing; if there is none, "
+                              "remove the folder installing.tmp")
+    assert (tmp_path / "installing.tmp").exists() and not (tmp_path / ".venv").exists()
+
+
+def test_without_ensurepip_both_ways_out_are_named(tmp_path):
+    """As on Debian without python3-venv, and on Colab."""
+    python = changed_python(tmp_path / "python", 'sys.modules["ensurepip"] = None')
+    done = make(tmp_path, "test", PYTHON=python, VENV=".venv")
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = said(done)
+    assert "apt install python3-venv" in line and "VENV=" in line
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_without_torch_make_squad_says_so_and_stops(tmp_path):
+    """With -S a Python is without the packages of its environment."""
+    write_down_calls(tmp_path)
+    python = script(tmp_path / "python", f"exec '{sys.executable}' -S \"$@\"")
+    done = make(tmp_path, "squad", PYTHON=python, DATA="builtin", MODEL="bert")
+    assert done.returncode == 2 and done.stdout == ""
+    assert said(done) == [f"with VENV= nothing is installed, and {python} lacks torch"]
+    assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("version, accepted", [
+    ("1.13.1", False), ("2.3.1+cu121", False), ("2.4.0", True), ("2.10.0a0+git1234", True),
+    ("3.0.0", True)])
+def test_torch_2_4_or_later_is_needed(tmp_path, version, accepted):
+    packages = tmp_path / "packages"
+    for name, its_version in (("torch", version), ("numpy", "1.26.4"), ("tokenizers", "0.20.0")):
+        information = packages / f"{name}-{its_version}.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text(f"Name: {name}\nVersion: {its_version}\n")
+    python = script(tmp_path / "python", f"PYTHONPATH='{packages}' exec '{sys.executable}' -S \"$@\"")
+    done = make(tmp_path, "install", PYTHON=python)
+    if accepted:
+        assert done.returncode == 0 and said(done) == []
+    else:
+        assert done.returncode == 2
+        assert said(done) == [f"torch 2.4 or later is needed, this is {version}"]
