@@ -148,9 +148,12 @@ pipeline:
 
 # --------------------------------------------------------------------- tests, benchmarks and figures
 
+# make 3.81, which is macOS's, cannot keep the output of the two halves apart.
+OUTPUT_SYNC := $(if $(filter output-sync,$(.FEATURES)),-O)
+
 test: install  ## all tests, in two processes; no network after the install
 	@echo 'two halves of the tests at once, one to two minutes on two cores'
-	@$(MAKE) -s -j2 -O test-pipeline test-rest
+	@$(MAKE) -s -j2 $(OUTPUT_SYNC) test-pipeline test-rest
 
 test-pipeline:
 	$(PY) -m pytest -q tests/test_pipeline.py

@@ -404,6 +404,26 @@ def test_that_curl_is_missing_is_said_before_the_built_in_corpus_is_taken(tmp_pa
     assert "NOT SQuAD" in done.stdout
 
 
+def test_make_3_81_has_no_output_sync(tmp_path):
+    """Played by a make that has 3.81's features and refuses the flag."""
+    program = script(tmp_path / "make381", f"""
+        for argument in "$@"; do
+          case "$argument" in
+            -O*|--output-sync*) echo "make: invalid option -- 'O'" >&2; exit 2;;
+          esac
+        done
+        exec '{shutil.which("make")}' "$@"
+        """)
+    python = script(tmp_path / "python", f"""
+        if [ "$1 $2" = '-m pytest' ]; then echo "pytest $*"; exit; fi
+        exec '{sys.executable}' "$@"
+        """)
+    features = "target-specific order-only second-expansion else-if archives jobserver check-symlink"
+    done = make(tmp_path, "test", PYTHON=python, MAKE=program, **{".FEATURES": features})
+    assert done.returncode == 0 and said(done) == []
+    assert done.stdout.count("pytest -m pytest -q tests") == 2
+
+
 def test_make_test_keeps_the_output_of_its_halves_apart(tmp_path):
     """Each half says that it begins and that it ends, with the other's lines never between."""
     features = subprocess.run(["make", "-f", "-"], input="all:\n\t@echo $(.FEATURES)\n",
