@@ -41,8 +41,9 @@ PATIENCE ?= 10
 # can have comments. As everywhere in a Makefile, $$ is a plain $.
 export DATA MODEL QUESTIONS RUNS
 
+# The Python that runs everything. PYTHON is quoted, for it may lie in a folder with blanks in its name.
 ifeq ($(VENV),)
-PY := $(PYTHON)
+PY := "$(PYTHON)"
 else
 PY := $(VENV)/bin/python
 endif
@@ -284,8 +285,8 @@ weights/bert-base-uncased: install
 ifeq ($(VENV),)
 # Nothing is installed. It is only asked whether what is needed is there.
 install:
-	@$(PYTHON) -c "$$CHECK_VERSION"
-	@$(PYTHON) -c "$$CHECK_PACKAGES"
+	@$(PY) -c "$$CHECK_VERSION"
+	@$(PY) -c "$$CHECK_PACKAGES"
 else
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt
@@ -298,8 +299,8 @@ CLEAR := $(if $(filter .venv,$(VENV)),--clear)
 
 define INSTALL
 set -e
-$(PYTHON) -c "$$CHECK_VERSION"
-$(PYTHON) -c "$$CHECK_VENV"
+"$(PYTHON)" -c "$$CHECK_VERSION"
+"$(PYTHON)" -c "$$CHECK_VENV"
 
 # Two makes at once would spoil each other's environment: only one of them can make this folder.
 if ! mkdir installing.tmp; then
@@ -310,7 +311,7 @@ trap 'rmdir installing.tmp' EXIT
 trap 'exit 1' HUP INT TERM
 
 echo 'making $(VENV) with torch, numpy, tokenizers and pytest: minutes, the first time only'
-$(PYTHON) -m venv $(CLEAR) $(VENV)
+"$(PYTHON)" -m venv $(CLEAR) $(VENV)
 $(PY) -c "$$CHECK_VERSION"
 $(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
 touch $(VENV)/.installed

@@ -378,7 +378,8 @@ def test_it_works_in_a_folder_with_blanks_and_an_umlaut(tmp_path):
     folder.mkdir()
     write_down_calls(folder)
     assert make(folder, "help").stdout.count("\n") == 8
-    done = make(folder, "squad", DATA="my ü data", MODEL="bert", QUESTIONS=7, RUNS="my runs")
+    python = script(folder / "my python", f"exec '{sys.executable}' \"$@\"")
+    done = make(folder, "squad", PYTHON=python, DATA="my ü data", MODEL="bert", QUESTIONS=7, RUNS="my runs")
     assert done.returncode == 0, done.stderr
     assert trainings(folder)[0]["data"] == "my ü data"
     assert trainings(folder)[0]["out"] == "my runs/my ü data-bert-7/teacher"
