@@ -9,7 +9,7 @@
 #   LAMBDA=        weight of the penalty (empty: the preset's), and two factors of it:
 #   ATTENTION_LAMBDA= FFN_LAMBDA=   for attention and for the feed-forward layers
 #   EPOCHS=        epochs of fine-pruning (empty: the preset's)
-#   PRESET=        small or paper (empty: small)
+#   PRESET=        small or paper (empty: small; paper: what the authors' log has for the METHOD)
 #   RUNS=          folder for the runs
 #   PYTHON=        Python 3.11 or later
 #   VENV=          folder of the environment that is made (empty: use PYTHON as it is, install nothing)
@@ -87,20 +87,20 @@ fi
 questions=$$QUESTIONS
 device=$$($(PY) -c "$$GPU_OR_CPU")
 if [ "$$(basename "$$data")" = builtin ]; then
-  time='5 minutes on two cores with bf16, 9 without'
+  duration='5 minutes on two cores with bf16, 9 without'
 elif [ '$(PRESET)' = paper ]; then
-  time='weeks on two cores, hours on a GPU'
+  duration='weeks on two cores, hours on a GPU'
 elif [ "$$device" = gpu ]; then
-  time='a day or two on two cores, not timed on a GPU'
+  duration='a day or two on two cores, not timed on a GPU'
 else
   questions=$${questions:-4000}
-  time='an hour on two cores with bf16, two without (for 4,000 questions)'
+  duration='an hour on two cores with bf16, two without (for 4,000 questions)'
 fi
 
 # Where the runs go, one folder for each choice of data, model and number of questions.
 out="$$RUNS/$$(basename "$$data")-$$(basename "$$MODEL")-$${questions:-all}"
 
-echo "$$data, $${questions:-all} questions, $(WEIGHTS), on a $$device. About $$time. Runs in $$out"
+echo "$$data, $${questions:-all} questions, $(WEIGHTS), on a $$device. About $$duration. Runs in $$out"
 $(MAKE) --no-print-directory pipeline data="$$data" questions="$$questions" out="$$out"
 endef
 export SQUAD_STEPS
