@@ -2,15 +2,13 @@
 
 In order: the chain (teacher, fine-pruning, compaction, refilling, table) and what it leaves on disk; the
 other methods; a result is of the files, not of the model in memory; a run that broke goes on to the same
-bits; nothing is lost: what is refused, in one line, and a corrected second try; the Makefile's downloads
-from a local server, and its commands; importing does nothing.
+bits; nothing is lost: what is refused, in one line, and a corrected second try; importing does nothing.
 
 The model is a tiny random BERT whose vocabulary is the words of a small made-up corpus.
 """
 import contextlib
 import functools
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -21,10 +19,8 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -704,112 +700,8 @@ def test_a_compaction_that_changes_the_function_and_a_table_of_no_results(chain,
     assert compact.main(["--compare", f"{chain}/teacher", "--data", "builtin"]) == 2 and "same dev questions" in one_line(capsys)
 
 
-# -------------------------------------------------------------------------------------- the Makefile
-
-NEEDS_MAKE = pytest.mark.skipif(not (shutil.which("make") and shutil.which("curl")), reason="make or curl is missing")
-HUB = "/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
-
-
-@pytest.fixture
-def server():
-    """Serves its dict .files, path → (bytes, how much longer they are said to be), or None: no answer at all."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.asked.append(self.path)
-            if (answer := self.server.files.get(self.path, (b"nothing here", 0))) is None:
-                return self.server.closing.wait(30)
-            self.send_response(200 if self.path in self.server.files else 404)
-            self.send_header("Content-Length", str(len(answer[0]) + answer[1]))
-            self.end_headers()
-            self.wfile.write(answer[0])
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.asked, server.closing = {}, [], threading.Event()
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.closing.set()
-        server.shutdown()
-
-
-def make(folder, target, port, **variables):
-    """make with a copy of the Makefile: what came of it, and its seconds."""
-    shutil.copy(ROOT / "Makefile", folder)
-    names = "|".join(re.findall(r"^(\w+) .?=", (ROOT / "Makefile").read_text(), re.M))     # not from the outside
-    clean = {key: value for key, value in os.environ.items() if not re.fullmatch(f"{names}|MAKE.*|MFLAGS|(?i:.*_proxy)", key)}
-    url, began = f"http://127.0.0.1:{port}", time.monotonic()
-    variables = dict(HUB=url, SQUAD_URL=url, VENV="", PYTHON=sys.executable, PATIENCE="1") | variables
-    done = subprocess.run(["make", target, *(f"{key}={value}" for key, value in variables.items())], cwd=folder,
-                          env=clean, capture_output=True, text=True, timeout=60)
-    return done, time.monotonic() - began
-
-
 def sha256(raw):
     return hashlib.sha256(raw).hexdigest()
-
-
-@NEEDS_MAKE
-def test_a_download_is_checked_and_made_once(server, tmp_path):
-    sent = {HUB + "vocab.txt": b"[PAD]\n", HUB + "model.safetensors": bytes(100_000)}
-    server.files = {path: (raw, 0) for path, raw in sent.items()}
-    hashes = dict(zip(("VOCAB", "MINILM"), map(sha256, sent.values())))
-    for _ in range(2):
-        assert make(tmp_path, "weights/minilm-hub", server.server_port, **hashes)[0].returncode == 0
-    assert {HUB + path.name: path.read_bytes() for path in tmp_path.glob("weights/minilm/*")} == sent
-    assert server.asked == list(sent)
-
-
-@NEEDS_MAKE
-@pytest.mark.parametrize("answer, expected", [
-    pytest.param((b"half", 4), b"half", id="cut off"), pytest.param(..., b"nothing here", id="404"),
-    pytest.param((b"forged", 0), b"good", id="wrong hash"), pytest.param(None, b"", id="hang")])
-def test_a_download_that_fails_leaves_nothing(server, tmp_path, answer, expected):
-    """The first two send what has the right hash: that they are no whole file must be seen without it."""
-    server.files = {} if answer is ... else {HUB + "vocab.txt": answer}
-    done, seconds = make(tmp_path, "weights/minilm-hub", server.server_port, VOCAB=sha256(expected))
-    assert done.returncode == 2 and server.asked == [HUB + "vocab.txt"] and seconds < 15
-    assert (sha256(b"forged") in done.stderr) == (expected == b"good") and not list(tmp_path.glob("weights/minilm/*"))
-
-
-@NEEDS_MAKE
-def test_squad_is_known_by_its_hash_a_closed_port_is_no_wait_and_a_file_at_hand_is_kept(server, tmp_path):
-    server.files["/dev-v1.1.json"] = b"{}", 0
-    done, _ = make(tmp_path, "data/squad", server.server_port)
-    assert done.returncode == 2 and sha256(b"{}") in done.stderr and not list(tmp_path.glob("data/squad/*"))
-    with socket.socket() as closed:     # bound, so that nobody else has the port, but not listening
-        closed.bind(("127.0.0.1", 0))
-        done, seconds = make(tmp_path, "data/squad", closed.getsockname()[1])
-    assert done.returncode == 2 and seconds < 5 and not list(tmp_path.glob("data/squad/*"))
-    for part in ("dev", "train"):
-        (tmp_path / f"data/squad/{part}-v1.1.json").write_text("mine")
-    server.asked.clear()
-    assert make(tmp_path, "data/squad", server.server_port)[0].returncode == 0 and not server.asked
-    assert {path.read_text() for path in tmp_path.glob("data/squad/*")} == {"mine"}
-
-
-@NEEDS_MAKE
-@pytest.mark.parametrize("data, preset", [("", "small"), ("mine", "paper")])
-def test_make_squad_calls_the_programs_with_flags_they_have(server, tmp_path, data, preset):
-    """The programs here only write down how they are called. Without DATA, SQuAD is looked for in vain."""
-    for name in ("train_squad.py", "compact.py"):
-        (tmp_path / name).write_text("import json, sys\nwrite_builtin = lambda folder: None\nif __name__ == '__main__':"
-                                     " print(json.dumps(sys.argv), file=open('calls', 'a'))")
-    done, _ = make(tmp_path, "squad", server.server_port, DATA=data, MODEL="my bert", QUESTIONS=7, PRESET=preset, LAMBDA=3)
-    assert done.returncode == 0 and ("NOT SQuAD" in done.stdout) == (data == "")
-    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    data, R = data or "data/builtin", f"runs/{data or 'builtin'}-my bert-7"
-    runs = [ts.parse(call[1:]) for call in calls if call[0] == "train_squad.py"]
-    for run, name, init, teacher, method in zip(runs, ("teacher", "hybrid", "filled"), (
-            "my bert", "my bert" if preset == "paper" else f"{R}/teacher", f"{R}/hybrid-compact"),
-            ("", f"{R}/teacher", f"{R}/teacher"), ("dense", "hybrid", "dense"), strict=True):
-        assert (run["out"], run["init"], run["teacher"], run["method"]) == (f"{R}/{name}", init, teacher, method)
-        assert (run["data"], run["questions"], run["preset"], run["fill"]) == (data, 7, preset, name == "filled")
-        assert run["final_lambda"] == (3 if name == "hybrid" else None)
-    assert [call[1:] for call in calls if call[0] == "compact.py"] == [
-        [f"{R}/hybrid", "--data", data, "--out", f"{R}/hybrid-compact"],
-        ["--compare", f"{R}/teacher", f"{R}/hybrid-compact", f"{R}/filled", "--data", data]]
 
 
 def test_importing_prints_nothing_and_changes_nothing(tmp_path):
