@@ -1250,8 +1250,7 @@ def test_a_masked_model_comes_back_from_its_folder(folder, tmp_path, method, sco
         spread = torch.linspace(-2, 2, mask.scores.numel())
         mask.scores.data.copy_(spread.view_as(mask.scores))
     set_threshold(model, 0.4)
-    vocab = folder / "vocab.txt"
-    ts.save_pruning(model, tmp_path, vocab, method=method, block="2x3", threshold=0.4)
+    ts.save_pruning(model, tmp_path, folder, method=method, block="2x3", threshold=0.4)
 
     # The function is the same, and so is that of model.safetensors alone, an ordinary BERT.
     ids = torch.arange(34).view(2, 17)
@@ -1279,7 +1278,7 @@ def test_a_masked_model_comes_back_from_its_folder(folder, tmp_path, method, sco
 
 
 def test_masks_of_another_size_are_refused(folder, tmp_path):
-    ts.save_pruning(masked("hybrid"), tmp_path, folder / "vocab.txt", method="hybrid", block="2x3",
+    ts.save_pruning(masked("hybrid"), tmp_path, folder, method="hybrid", block="2x3",
                     threshold=0.4)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     config["pruning"]["method"] = "block"
