@@ -129,7 +129,8 @@ def test_every_folder_holds_its_files_and_every_result_its_keys(chain):
     model = {"config.json", "model.safetensors", "vocab.txt", "run.json", "results.json", "predictions.json", "f1.json"}
     run = model | {"log.jsonl", "checkpoint.pt"}
     files = dict(teacher=run, hybrid=run | {"pruning.safetensors"}, small=model | {"masks.json"}, filled=run)
-    of_compaction = {"exact_match_masked", "f1_masked", "density_masked", "max_abs_logit_difference"}
+    of_compaction = {"exact_match_masked", "f1_masked", "density_masked", "max_abs_logit_difference",
+                     "allowed_logit_difference"}
     keys = set("""exact_match f1 parameters density heads heads_authors_rule ffn latency_ms speedup
         flops_ratio batch length device threads precision data seed command seconds weights_sha256
         files_sha256""".split())
