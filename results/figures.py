@@ -1,10 +1,11 @@
-"""Draws the pictures beside it and writes the README's tables, from the files of the runs in this folder.
+"""Writes the tables of README.md and results/README.md, and the pictures beside it, from the runs here.
 
     python results/figures.py           (make figure)
-    python results/figures.py --check   exit 1 if README.md is not what would be written
+    python results/figures.py --check   exit 1 if one of the two pages is not what would be written
 
-A run is a folder of model folders (results.json, run.json, log.jsonl, masks.json), as `make squad` leaves
-them under runs/, without the weights.
+A run is a folder of model folders (results.json, run.json, log.jsonl, f1.json, masks.json), as
+`make squad` leaves them under runs/, without the weights. A page has its tables between
+<!-- name --> and <!-- end -->.
 """
 import ast
 import json
@@ -17,176 +18,387 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-MODELS = {"teacher": "dense", "hybrid": "Hybrid, masked", "hybrid-compact": "Hybrid, compacted",
-          "filled": "Hybrid Filled"}
+HEADLINE = ("epochs", "hybrid-6")       # the run and the pruned model of README.md's first table
 
 
 def read(*parts: str):
-    return json.loads(HERE.joinpath(*parts).read_text())
+    return json.loads(HERE.joinpath(*parts).read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------ tables
+def read_masked(run: str, pruned: str) -> dict:
+    """Exact match, F1 and density of a pruned model with its masks on.
+
+    Older runs have them in its own results.json, newer ones in that of its compaction.
+    """
+    compacted = read(run, f"{pruned}-compact", "results.json")
+    density = compacted.get("density_masked")
+    if density is None:
+        density = read(run, pruned, "results.json")["density"]
+    return {"exact_match": compacted["exact_match_masked"], "f1": compacted["f1_masked"],
+            "density": density}
 
 
-def table(run: str) -> str:
-    """One row for each model of a run."""
-    lines = ["| model | EM | F1 | encoder linear weights | density | parameters | heads | FLOPs | speed |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for name, title in MODELS.items():
-        r = read(run, name, "results.json")
-        p, speed = r["parameters"], r["speedup"]
-        fewer = f"1/{r['flops_ratio']:.2f}" if r["flops_ratio"] else "–"
-        lines.append(f"| [{title}](results/{run}/{name}/results.json) | {r['exact_match']:.2f} | {r['f1']:.2f} | "
-                     f"{p['linear_nonzero'] / 1e6:.2f} M | {100 * r['density']:.1f} % | {p['total'] / 1e6:.2f} M | "
-                     f"{sum(r['heads'])} | {fewer} | {f'{speed:.2f} x' if speed else '–'} |")
-    r, c = read(run, "teacher", "results.json"), read(run, "hybrid-compact", "results.json")
-    d, settings = r["data"], read(run, "hybrid", "run.json")
-    lines += ["", f"{d['name']}: {d['train_questions']:,} training questions, scored on {d['dev_questions']:,}. Speed is of one "
-              f"forward pass of {r['batch']} x {r['length']} word pieces in fp32 on {r['device']}, {r['threads']} threads, against "
-              f"the dense model in the same process. Training in {r['precision']} on {settings['processor']}, torch "
-              f"{settings['torch']}; {sum(read(run, m, 'results.json')['seconds'] for m in MODELS) / 60:.0f} minutes of training and compaction. "
-              f"Compaction: F1 {c['f1_masked']:.2f} masked and {c['f1']:.2f} compacted, largest difference of a logit "
-              f"{c['max_abs_logit_difference']:.1e}; heads left by the authors' rule: {sum(c['heads_authors_rule'])}."]
+def filled_name(pruned: str) -> str:
+    if pruned == "hybrid":
+        return "filled"
+    return f"{pruned}-filled"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
-PLACES = [  # idea of the paper, file, name
-    ("the mask: 1[σ(S) > τ], straight-through", "blockprune.py", "StraightThrough"),
+def link(title: str, *parts: str) -> str:
+    return f"[{title}](results/{'/'.join(parts)}/results.json)"
+
+
+# ------------------------------------------------------------------------------------ tables of a run
+
+
+def headline() -> str:
+    """Dense, pruned and compacted, refilled: what README.md says first."""
+    run, pruned = HEADLINE
+    models = {
+        "dense": "teacher",
+        "pruned and compacted": f"{pruned}-compact",
+        "refilled": filled_name(pruned),
+    }
+    columns = ["MiniLM on SQuAD v1.1", "F1", "EM", "weights kept", "parameters", "heads", "speed"]
+    rows = []
+    for title, name in models.items():
+        r = read(run, name, "results.json")
+        rows.append([link(title, run, name), f"{r['f1']:.2f}", f"{r['exact_match']:.2f}",
+                     f"{100 * r['density']:.1f} %", f"{r['parameters']['total'] / 1e6:.1f} M",
+                     str(sum(r["heads"])), f"{r['speedup']:.2f} x"])
+    return markdown(columns, rows)
+
+
+def run_table(run: str) -> str:
+    """The same with the masked model, and how it was made."""
+    columns = ["model", "EM", "F1", "encoder linear weights", "density", "parameters", "heads",
+               "FLOPs", "speed"]
+    dense = read(run, "teacher", "results.json")
+    compacted = read(run, "hybrid-compact", "results.json")
+    rows = []
+    for name, title in (("teacher", "dense"), ("hybrid-compact", "Hybrid, compacted"),
+                        ("filled", "Hybrid Filled")):
+        r = read(run, name, "results.json")
+        rows.append([link(title, run, name), f"{r['exact_match']:.2f}", f"{r['f1']:.2f}",
+                     f"{r['parameters']['linear_nonzero'] / 1e6:.2f} M", f"{100 * r['density']:.1f} %",
+                     f"{r['parameters']['total'] / 1e6:.2f} M", str(sum(r["heads"])),
+                     f"1/{r['flops_ratio']:.2f}", f"{r['speedup']:.2f} x"])
+    masked = read_masked(run, "hybrid")
+    left = masked["density"] * dense["parameters"]["linear_dense"]
+    total = f"{dense['parameters']['total'] / 1e6:.2f} M"
+    rows.insert(1, [link("Hybrid, masked", run, "hybrid"), f"{masked['exact_match']:.2f}",
+                    f"{masked['f1']:.2f}", f"{left / 1e6:.2f} M", f"{100 * masked['density']:.1f} %",
+                    total, str(sum(compacted["heads"])), "–", "–"])
+
+    made = read(run, "hybrid", "run.json")
+    names = ("teacher", "hybrid", "hybrid-compact", "filled")
+    minutes = sum(read(run, name, "results.json")["seconds"] for name in names) / 60
+    data = dense["data"]
+    allowed = "1e-5 · max(1, the largest logit)"
+    if "allowed_logit_difference" in compacted:
+        allowed = f"{compacted['allowed_logit_difference']:.1e}"
+    lines = [
+        f"{data['name']}: {data['train_questions']:,} training questions, scored on "
+        f"{data['dev_questions']:,}.",
+        f"Speed is of one forward pass of {dense['batch']} x {dense['length']} word pieces in fp32 on "
+        f"{dense['device']}, {dense['threads']} threads,",
+        "against the dense model in the same process.",
+        f"Training in {dense['precision']} on {made['processor']}, torch {made['torch']};",
+        f"{minutes:.0f} minutes of training and compaction.",
+        f"Compaction: F1 {compacted['f1_masked']:.2f} masked and {compacted['f1']:.2f} compacted;",
+        f"largest difference of a logit {compacted['max_abs_logit_difference']:.1e}, allowed is "
+        f"{allowed};",
+        f"heads left by the authors' rule: {sum(compacted['heads_authors_rule'])}.",
+    ]
+    return markdown(columns, rows) + "\n\n" + "\n".join(lines)
+
+
+def epochs_table(run: str = "epochs") -> str:
+    """Epochs of pruning → what is kept, and F1 on the way; a row for each length that was run."""
+    columns = ["epochs", "λ", "score lr", "non-zero, masked", "refilled", "F1 masked", "compacted",
+               "refilled", "against dense (95 %)", "heads", "speed"]
+    dense = read(run, "teacher", "f1.json")
+    questions = sorted(dense)
+    rows = []
+    for epochs in (3, 6, 10, 20):
+        pruned = f"hybrid-{epochs}"
+        if not (HERE / run / f"{pruned}-filled" / "results.json").exists():
+            continue
+        settings = read(run, pruned, "run.json")["settings"]
+        masked = read_masked(run, pruned)
+        compacted = read(run, f"{pruned}-compact", "results.json")
+        filled = read(run, f"{pruned}-filled", "results.json")
+        of_filled = read(run, f"{pruned}-filled", "f1.json")
+        gain = 100 * np.array([of_filled[i] - dense[i] for i in questions])
+        low, high = interval(gain)
+        rows.append([str(epochs), f"{settings['final_lambda']:g}", f"{settings['score_lr']:g}",
+                     f"{100 * masked['density']:.1f} %", f"{100 * filled['density']:.1f} %",
+                     f"{masked['f1']:.2f}", f"{compacted['f1']:.2f}",
+                     link(f"{filled['f1']:.2f}", run, f"{pruned}-filled"),
+                     f"{gain.mean():+.2f} ({low:+.2f} to {high:+.2f})",
+                     f"{sum(filled['heads'])}", f"{filled['speedup']:.2f} x"])
+    return markdown(columns, rows)
+
+
+PLACES = [      # idea of the paper, file, name
+    ("the mask 1[σ(S) > τ], straight-through", "blockprune.py", "StraightThrough"),
     ("blocks of any shape, shared scores", "blockprune.py", "BlockMask"),
     ("the bias goes with its row", "blockprune.py", "BiasMask"),
-    ("FFN dimensions: rows of fc1 with columns of fc2", "blockprune.py", "mask_dimensions"),
-    ("cubic schedule of τ, λ follows it", "blockprune.py", "threshold_schedule"),
-    ("the penalty λ · mean σ(S), by kind", "blockprune.py", "penalty"),
+    ("inner dimensions: rows of fc1 with columns of fc2", "blockprune.py", "mask_dimensions"),
+    ("the cubic schedule of τ", "blockprune.py", "threshold_schedule"),
+    ("the penalty, a mean of σ(S) by kind", "blockprune.py", "penalty"),
     ("learning rates of scores and weights", "blockprune.py", "parameter_groups"),
+    ("from masks to zeros", "blockprune.py", "bake"),
+    ("removing heads", "blockprune.py", "cut_heads"),
+    ("removing inner dimensions", "blockprune.py", "cut_dimensions"),
     ("Hybrid, Block, Struct, unstructured", "train_squad.py", "add_masks"),
     ("cross entropy and distillation", "train_squad.py", "loss_terms"),
-    ("the loop", "train_squad.py", "train"),
-    ("removing heads and dimensions for real", "compact.py", "compact"),
+    ("λ follows τ", "train_squad.py", "lambda_at"),
+    ("the training loop", "train_squad.py", "train"),
     ("Hybrid Filled: noise for zeros", "train_squad.py", "refill"),
+    ("a BERT with what is empty removed", "compact.py", "compact"),
     ("what density and \"74 % smaller\" count", "compact.py", "count_parameters"),
 ]
 
 
 def places() -> str:
-    """Idea in the paper → function → line."""
-    lines = ["| in the paper | here |", "|---|---|"]
+    """Idea of the paper → function, with its line."""
+    rows = []
     for idea, file, name in PLACES:
-        line = next(node.lineno for node in ast.parse((ROOT / file).read_text()).body if getattr(node, "name", "") == name)
-        lines.append(f"| {idea} | [`{name}`]({file}#L{line}) {file}:{line} |")
-    return "\n".join(lines)
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for node in tree.body:
+            if getattr(node, "name", None) == name:
+                rows.append([idea, f"[`{name}`]({file}#L{node.lineno})", file])
+    return markdown(["idea", "function", "file"], rows)
 
 
 def speed(path: Path) -> str:
     """The rows of a benchmark."""
-    b = json.loads(path.read_text())
-    lines = ["| what | baseline | ours | ratio | wanted |", "|---|---|---|---|---|"]
-    for row in (row for row in b["rows"] if row["ratio"]):
-        wanted = f"{'≤' if row['at_most'] else '≥'} {row['wanted']:g}" if row["wanted"] else "–"
-        noise = f" ± {50 * row['spread']:.0f} %" if row["spread"] else ""
-        base = "–" if row["baseline"] is None else f"{row['baseline']:.4g} {row['unit']}"
-        lines.append(f"| {row['goal']}. {row['what']} | {base} | {row['ours']:.4g} {row['unit']} | {row['ratio']:.3g}{noise} | "
-                     f"{wanted}{' (missed)' * (row['met'] is False)} |")
-    missing = [f"{row['goal']}. {row['what']}" for row in b["rows"] if not row["ratio"]]
-    return "\n".join(lines + ["", *missing, f"[{path.name}](results/{path.name}): `{b['command']}` on {b['device']}, {b['threads']} threads, "
-                              f"torch {b['torch']}, {b['data']}."])
+    bench = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    not_measured = []
+    for row in bench["rows"]:
+        title = f"{row['goal']}. {row['what']}"
+        if not row["ratio"]:
+            not_measured.append(title)
+            continue
+        wanted = "–"
+        if row["wanted"]:
+            sign = "≤" if row["at_most"] else "≥"
+            wanted = f"{sign} {row['wanted']:g}"
+        if row["met"] is False:
+            wanted += " (missed)"
+        noise = ""
+        if row["spread"]:
+            noise = f" ± {50 * row['spread']:.0f} %"
+        baseline = "–"
+        if row["baseline"] is not None:
+            baseline = f"{row['baseline']:.4g} {row['unit']}"
+        rows.append([title, baseline, f"{row['ours']:.4g} {row['unit']}", f"{row['ratio']:.3g}{noise}",
+                     wanted])
+    table = markdown(["what", "baseline", "ours", "ratio", "wanted"], rows)
+    made = (f"[{path.name}](results/{path.name}): `{bench['command']}` on {bench['device']}, "
+            f"{bench['threads']} threads,\ntorch {bench['torch']}, {bench['data']}.")
+    return "\n".join([table, "", *not_measured, made])
 
 
-# ------------------------------------------------------------------------------------------- sweep
+# ------------------------------------------------------------------------------------------ the sweep
 
 METHODS = ("Hybrid 32x32", "Hybrid Filled", "Block 32x32", "Block 8x8", "Unstructured 1x1", "Struct")
 
 
 def sweep() -> dict[str, list[dict]]:
-    """The points that are there, by method and λ: results.json with its folder, λ and each question's F1."""
-    points, asked = {method: [] for method in METHODS}, sorted(read("sweep", "teacher", "f1.json"))
+    """The points that are there, by method, in the order of λ.
+
+    A point is its results.json, with its folder, λ (weight) and each question's F1 (questions).
+    """
+    asked = sorted(read("sweep", "teacher", "f1.json"))
+    points: dict[str, list[dict]] = {method: [] for method in METHODS}
     for path in sorted((HERE / "sweep").glob("*-*/results.json")):
-        method, block, weight, kind = path.parent.name.split("-")
-        title = "Hybrid Filled" if kind == "filled" else "Struct" if method == "struct" else f"{method.title()} {block}"
-        f1 = json.loads((path.parent / "f1.json").read_text())
+        folder = path.parent.name
+        method, block, weight, kind = folder.split("-")
+        title = f"{method.title()} {block}"
+        if method == "struct":
+            title = "Struct"
+        if kind == "filled":
+            title = "Hybrid Filled"
+        f1 = read("sweep", folder, "f1.json")
         if sorted(f1) != asked:
-            raise ValueError(f"{path.parent} was scored on other questions than the teacher: it is of another sweep")
-        points.setdefault(title, []).append(dict(json.loads(path.read_text()), folder=path.parent.name, weight=float(weight),
-                                                 questions=np.array([f1[i] for i in asked])))
-    return {title: sorted(rows, key=lambda r: r["weight"]) for title, rows in points.items()}
+            raise ValueError(f"{path.parent} was scored on other questions than the teacher: it is of "
+                             "another sweep")
+        point = read("sweep", folder, "results.json")
+        point["folder"] = folder
+        point["weight"] = float(weight)
+        point["questions"] = np.array([f1[i] for i in asked])
+        points.setdefault(title, []).append(point)
+    for rows in points.values():
+        rows.sort(key=lambda point: point["weight"])
+    return points
 
 
 def sweep_table() -> str:
     """One row for each point, the least pruned first."""
     dense = read("sweep", "teacher", "results.json")
-    lines = ["| method | λ | F1 | EM | density | heads | speed |", "|---|---|---|---|---|---|---|"]
-    for title, r in [("dense", dict(dense, folder="teacher", weight=None))] + [(t, r) for t, rows in sweep().items() for r in rows]:
-        lines.append(f"| [{title}](results/sweep/{r['folder']}/results.json) | {r['weight'] or 0:g} | {r['f1']:.2f} | "
-                     f"{r['exact_match']:.2f} | {100 * r['density']:.1f} % | {sum(r['heads'])} | {r['speedup']:.2f} x |")
-    return "\n".join(lines)
+    named = [("dense", dict(dense, folder="teacher", weight=0))]
+    for title, points in sweep().items():
+        for point in points:
+            named.append((title, point))
+    rows = []
+    for title, r in named:
+        rows.append([link(title, "sweep", r["folder"]), f"{r['weight']:g}", f"{r['f1']:.2f}",
+                     f"{r['exact_match']:.2f}", f"{100 * r['density']:.1f} %", str(sum(r["heads"])),
+                     f"{r['speedup']:.2f} x"])
+    return markdown(["method", "λ", "F1", "EM", "density", "heads", "speed"], rows)
 
 
 def guide() -> str:
-    """λ → density in the authors' log, in a line; ours is in the table of the sweep."""
-    rows = read("paper.json")["rows"]
-    return "FFN × 1: " + "; ".join(f"{title} " + ", ".join(f"{r[0]:g} → {100 * r[2]:.0f} %" for r in rows[title])
-                     for title in METHODS if title != "Hybrid Filled") + " (its attention × 0.00156, 0.00156, 0.05)."
+    """λ → density in the authors' log; ours is in the table of the sweep."""
+    of_method = read("paper.json")["rows"]
+    notes = {
+        "Unstructured 1x1": "another regulariser: one mean over all 72 tensors, biases unmasked",
+        "Struct": "scores independent; attention × 0.00156, 0.00156, 0.05",
+    }
+    rows = []
+    for title in METHODS:
+        if title == "Hybrid Filled":
+            continue
+        found = [f"{weight:g} → {100 * density:.0f} %" for weight, _, density, _ in of_method[title]]
+        rows.append([title, ", ".join(found), notes.get(title, "")])
+    return markdown(["method", "λ → weights kept (FFN × 1)", "differs from ours"], rows)
 
 
-def at(rows: list[dict], key: str, x: float) -> np.ndarray:
-    """Each question's F1 at `key` = x, in a line between the two points around it."""
-    rows = sorted(rows, key=lambda r: r[key])
-    return np.array([np.interp(x, [r[key] for r in rows], f1) for f1 in zip(*(r["questions"] for r in rows))])
+# ------------------------------------------------------------------------------------------- verdicts
 
 
 def interval(difference: np.ndarray, draws: int = 4000) -> tuple[float, float]:
-    """95 % of the means of so many resamples of the questions (paired: the differences are what is drawn)."""
-    drawn = np.random.default_rng(0).multinomial(len(difference), np.full(len(difference), 1 / len(difference)), draws)
-    return tuple(np.percentile(drawn @ difference / len(difference), [2.5, 97.5]))
+    """95 % of the means of resamples of the questions (bootstrap, paired: differences are drawn)."""
+    n = len(difference)
+    rng = np.random.default_rng(0)
+    times_drawn = rng.multinomial(n, np.full(n, 1 / n), draws)      # (draws, n)
+    low, high = np.percentile(times_drawn @ difference / n, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def at(points: list[dict], key: str, x: float) -> np.ndarray:
+    """Each question's F1 at `key` = x, on a line between the two points around it."""
+    points = sorted(points, key=lambda point: point[key])
+    known = [point[key] for point in points]
+    of_questions = np.stack([point["questions"] for point in points], axis=1)
+    return np.array([np.interp(x, known, f1) for f1 in of_questions])
 
 
 def equal(first: list[dict], second: list[dict], key: str) -> tuple[float, np.ndarray] | None:
-    """The middle of the range of `key` that both methods' points span, and the difference of F1 there."""
+    """The middle of the range of `key` that both methods' points span, and the difference of F1 there.
+
+    None where one of them has a single point, or they do not overlap.
+    """
     if min(len(first), len(second)) < 2:
         return None
-    low, high = (f(g(r[key] for r in rows) for rows in (first, second)) for f, g in ((max, min), (min, max)))
+    low = max(min(point[key] for point in first), min(point[key] for point in second))
+    high = min(max(point[key] for point in first), max(point[key] for point in second))
+    if low >= high:
+        return None
     middle = (low + high) / 2
-    return (middle, 100 * (at(first, key, middle) - at(second, key, middle))) if low < high else None
-
-
-def verdicts() -> str:
-    """The four shapes that the paper claims, held against the sweep."""
-    p, lines = sweep(), ["| the authors' result | here | 95 % interval | shown |", "|---|---|---|---|"]
-    for claim, first, second, key in (
-            ("smaller blocks keep more F1 at equal density", "Unstructured 1x1", "Block 8x8", "density"),
-            ("", "Block 8x8", "Block 32x32", "density"), ("", "Unstructured 1x1", "Block 32x32", "density"),
-            ("Hybrid beats Block at equal speed", "Hybrid 32x32", "Block 32x32", "speedup")):
-        found = equal(p[first], p[second], key)
-        where = "" if found is None else f"{100 * found[0]:.0f} % density" if key == "density" else f"{found[0]:.2f} x"
-        lines.append(f"| {claim} | {first} against {second}: " + ("their points do not overlap | – | cannot be told |" if found is None else
-                     f"{found[1].mean():+.2f} F1 at {where} | {verdict(found[1])} |"))
-    masked = {r["weight"]: r for r in p["Hybrid 32x32"]}
-    for a in p["Hybrid Filled"]:
-        b = masked[a["weight"]]
-        gain = 100 * (a["questions"] - b["questions"])
-        lines.append(f"| filling gains at equal speed | λ {a['weight']:g}: {gain.mean():+.2f} F1 | {verdict(gain)} |")
-    heads, single = sum(read("sweep", "teacher", "results.json")["heads"]), p["Unstructured 1x1"]
-    gone = [heads - sum(r["heads"]) for r in single]
-    lines.append("| even 1x1 empties some heads: 8 of 144 at 25 % density, 22 at 16 % | "
-                 + "; ".join(f"{n} of {heads} at {100 * r['density']:.0f} %" for n, r in zip(gone, single)) + " | – | "
-                 + ("yes |" if any(gone) else "no |" if min(r["density"] for r in single) < 0.25 else "cannot be told |"))
-    return "\n".join([*lines, "", "The interval is over the dev questions alone, paired (bootstrap); each point is one seed. Equal density or speed is "
-                      "read off a line between two points."])
+    return middle, 100 * (at(first, key, middle) - at(second, key, middle))
 
 
 def verdict(difference: np.ndarray) -> str:
+    """The interval, and whether the difference is shown: two cells of a table."""
     low, high = interval(difference)
-    return f"{low:+.2f} to {high:+.2f} | {'yes' if low > 0 else 'no: the opposite' if high < 0 else 'no'}"
+    shown = "no"
+    if low > 0:
+        shown = "yes"
+    if high < 0:
+        shown = "no: the opposite"
+    return f"{low:+.2f} to {high:+.2f} | {shown}"
 
 
-def readme(text: str) -> str:
-    """README.md with the parts between <!-- name --> and <!-- end --> written again."""
-    log = (HERE / "builtin" / "log.txt").read_text().splitlines()[-5:]
-    makers = {"places": places(), "sweep": sweep_table(), "guide": guide(), "verdicts": verdicts(),
-              "builtin-log": "\n" + "".join(f"    {line}\n" for line in log),
-              **{path.stem: speed(path) for path in HERE.glob("bench-*.json")},
-              **{path.parent.name: table(path.parent.name) for path in HERE.glob("*/summary.json")}}
-    return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)",
-                  lambda m: f"{m[1]}{makers[m[2]]}\n{m[3]}" if m[2] in makers else m[0], text, flags=re.S)
+COMPARISONS = [     # the authors' result, first method, second method, what is equal
+    ("smaller blocks keep more F1 at equal density", "Unstructured 1x1", "Block 8x8", "density"),
+    ("", "Block 8x8", "Block 32x32", "density"),
+    ("", "Unstructured 1x1", "Block 32x32", "density"),
+    ("Hybrid beats Block at equal speed", "Hybrid 32x32", "Block 32x32", "speedup"),
+]
+
+
+def verdicts() -> str:
+    """The shapes that the paper claims, held against the sweep."""
+    points = sweep()
+    rows = []
+    for claim, first, second, key in COMPARISONS:
+        found = equal(points[first], points[second], key)
+        if found is None:
+            rows.append([claim, f"{first} against {second}: their points do not overlap", "–",
+                         "cannot be told"])
+            continue
+        middle, difference = found
+        where = f"{middle:.2f} x"
+        if key == "density":
+            where = f"{100 * middle:.0f} % density"
+        rows.append([claim, f"{first} against {second}: {difference.mean():+.2f} F1 at {where}",
+                     verdict(difference)])
+
+    unfilled = {point["weight"]: point for point in points["Hybrid 32x32"]}
+    for point in points["Hybrid Filled"]:
+        gain = 100 * (point["questions"] - unfilled[point["weight"]]["questions"])
+        rows.append(["filling gains at equal speed",
+                     f"λ {point['weight']:g}: {gain.mean():+.2f} F1", verdict(gain)])
+
+    all_heads = sum(read("sweep", "teacher", "results.json")["heads"])
+    emptied = []
+    any_empty = False
+    for point in points["Unstructured 1x1"]:
+        gone = all_heads - sum(point["heads"])
+        any_empty = any_empty or gone > 0
+        emptied.append(f"{gone} of {all_heads} at {100 * point['density']:.0f} %")
+    shown = "yes" if any_empty else "no"
+    rows.append(["even 1x1 empties some heads: 8 of 144 at 25 % density, 22 at 16 %",
+                 "; ".join(emptied), "–", shown])
+    return markdown(["the authors' result", "here", "95 % interval", "shown"], rows)
+
+
+# ---------------------------------------------------------------------------------------- the pages
+
+
+def generated() -> dict[str, str]:
+    """The text between <!-- name --> and <!-- end -->, by name. Links are from the top of the tree."""
+    log = (HERE / "builtin" / "log.txt").read_text(encoding="utf-8").splitlines()
+    made = {
+        "headline": headline(),
+        "epochs": epochs_table(),
+        "places": places(),
+        "builtin-log": "\n" + "".join(f"    {line}\n" for line in log[-5:]),
+        "sweep": sweep_table(),
+        "guide": guide(),
+        "verdicts": verdicts(),
+        "squad-10000": run_table("squad-10000"),
+        "builtin": run_table("builtin"),
+    }
+    for path in HERE.glob("bench-*.json"):
+        made[path.stem] = speed(path)
+    return made
+
+
+def page(path: Path, parts: dict[str, str]) -> str:
+    """A page with its generated parts written again."""
+    def written(found: re.Match) -> str:
+        name = found[2]
+        if name not in parts:
+            return found[0]
+        text = parts[name]
+        if path.parent == HERE:
+            text = text.replace("](results/", "](")
+        return f"{found[1]}{text}\n{found[3]}"
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", written, text, flags=re.S)
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -318,16 +530,19 @@ def masks_picture(run: str) -> str:
 
 
 def main() -> int:
-    text = (ROOT / "README.md").read_text()
+    parts = generated()
+    pages = {path: page(path, parts) for path in (ROOT / "README.md", HERE / "README.md")}
     if "--check" in sys.argv:
-        return int(text != readme(text))
+        stale = [path for path, text in pages.items() if text != path.read_text(encoding="utf-8")]
+        return len(stale)
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
     for path in HERE.glob("*/hybrid-compact/masks.json"):
         run = path.parent.parent.name
-        (HERE / f"masks-{run}.svg").write_text(masks_picture(run))
-        (HERE / f"run-{run}.svg").write_text(run_picture(run))
-    (HERE / "curves.svg").write_text(curves_picture())
-    (HERE / "layers.svg").write_text(layers_picture())
-    (ROOT / "README.md").write_text(readme(text))
+        (HERE / f"masks-{run}.svg").write_text(masks_picture(run), encoding="utf-8")
+        (HERE / f"run-{run}.svg").write_text(run_picture(run), encoding="utf-8")
+    (HERE / "curves.svg").write_text(curves_picture(), encoding="utf-8")
+    (HERE / "layers.svg").write_text(layers_picture(), encoding="utf-8")
     return 0
 
 
