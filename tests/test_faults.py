@@ -774,7 +774,8 @@ for program, arguments in json.loads(sys.argv[1]):
 def chain_in_a_child(home):
     """Start all commands, in an interpreter of their own and on a terminal without τ."""
     listed = [(program.__name__, arguments) for program, arguments in commands(home).values()]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUNBUFFERED": "1",
+                   "OMP_NUM_THREADS": "1"}       # as in this process, for the same bits
     return subprocess.Popen([sys.executable, "-c", ALL_COMMANDS, json.dumps(listed)], cwd=ROOT,
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
