@@ -6,30 +6,37 @@ The whole method of
 in one file. It imports torch alone and knows nothing of BERT: copy it into your own project.
 Reference code: huggingface/nn_pruning at 0cef2b2, cited below as [R:file].
 
-A *block* is any r × c tile of a weight matrix: 1 × 1 is movement pruning, 32 × 32 block pruning,
-(head size, in) an attention head, (1, in) a row, (out, 1) a column. Each block has one learned
-number, its score. Training with masks takes these lines more than training without:
+A *block* is any r × c tile of a weight matrix: 1 × 1 is soft movement pruning, 32 × 32 block
+pruning, (head size, in) an attention head, (1, in) a row, (out, 1) a column. Each block has one
+learned number, its score. This is Hybrid pruning of a transformer; what it adds to fine-tuning is
+marked with a +:
 
-    for linear in (attention.query, attention.key, attention.value, attention.out):
-        mask_weight(linear, (32, 32), kind="attention")         # blocks
-    mask_dimensions(ffn.fc1, ffn.fc2)                           # inner dimensions
-    optimizer = AdamW(parameter_groups(model, lr=3e-5, score_lr=1e-2))
-    for step, batch in enumerate(batches):
-        threshold = threshold_schedule(step, total, flat_start=warmup, flat_end=10 * warmup)
-        set_threshold(model, threshold)
-        loss = task_loss(model, batch) + final_lambda * threshold / 0.1 * penalty(model)
+    for layer in model.layers:
+        for linear in (layer.query, layer.key, layer.value, layer.out):         # + blocks
+            mask_weight(linear, (32, 32), kind="attention")                     # +
+        mask_dimensions(layer.fc1, layer.fc2)                                   # + inner dimensions
+    optimizer = AdamW(parameter_groups(model, lr=3e-5, score_lr=1e-2))          # + scores' own rate
+    for step, batch in enumerate(batches):          # warmup: steps of the learning rate's warm-up
+        tau = threshold_schedule(step, total, flat_start=warmup, flat_end=10 * warmup)      # +
+        set_threshold(model, tau)                                               # +
+        loss = task_loss(model, batch)
+        loss = loss + final_lambda * tau / 0.1 * penalty(model)                 # + 0.1: the final τ
         loss.backward(); optimizer.step(); optimizer.zero_grad()
-    bake(model)                                                 # plain modules, W ⊙ M(S)
-    cut_dimensions(ffn.fc1, ffn.fc2, act)                       # what is empty is removed
+    bake(model)                                                                 # + W is W ⊙ M(S)
+    for layer in model.layers:                                                  # + gone for real
+        layer.heads = cut_heads(layer.query, layer.key, layer.value, layer.out, head_size=64)
+        cut_dimensions(layer.fc1, layer.fc2, act)
 
 Letters:
-    W    a weight matrix, R × C = (out, in)      τ    the threshold that σ(S) is compared with
-    S    scores, one a block                     λ    how hard the penalty pushes scores down
-    r×c  the block                               σ    the sigmoid
+    W    a weight matrix, R × C = (out, in)      σ    the sigmoid
+    S    scores, one per block                   τ    the threshold that σ(S) is compared with
+    r×c  the block                               λ    how hard the penalty pushes scores down
     M(S) the mask: on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉), or repeated to the weight's R × C
+    H    heads of size D                         F    inner dimensions of a feed-forward layer
+    E    hidden size
 
-Comments: `# Paper:` is the authors' method, `# Note:` our remark, `# Differs:` a deviation.
-Left out, since the paper's final models do not use them: top-k, L0 and magnitude masks.
+In comments and docstrings, "Paper:" is the authors' method, "Note:" our remark, and "Differs:" a
+deviation. Left out, since the paper's final models do not use them: top-k, L0 and magnitude masks.
 """
 import math
 import warnings
@@ -51,14 +58,12 @@ class StraightThrough(torch.autograd.Function):
         dL/dS = Σ over the block of dL/dW′ ⊙ W        (Sanh et al. 2020, eq. (2))
         dL/dW = dL/dW′ ⊙ M
 
-    Descent moves W along −dL/dW′. So S falls while its block moves toward zero and rises while it
-    moves away: "movement pruning". The gradient of S has W in it, not W′: the score of a pruned
-    block keeps learning, and the block can come back.
+    Descent would move W′ by −dL/dW′. Where that is toward zero, dL/dW′ ⊙ W is positive and S falls;
+    where it is away from zero, S rises: "movement pruning". The gradient of S has W in it, not W′.
+    So the score of a pruned block keeps learning, and the block can come back (its weights do not
+    move meanwhile).
     Source: [R:modules/binarizer.py].
     """
-
-    # So written, with the context apart, it works under torch.func: grad, vmap and the others.
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(scores: Tensor, threshold: Tensor) -> Tensor:
@@ -66,13 +71,16 @@ class StraightThrough(torch.autograd.Function):
         return kept.to(scores.dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass    # the gradient needs nothing of the forward pass
-
-    @staticmethod
     def backward(ctx, grad: Tensor):
-        # Paper: neither times σ′(S) nor divided by the size of the block; each is another method.
+        # Paper: without the factor σ′(S). The sum over a block comes from repeating M to W's size.
         return grad, None
+
+    # torch.func (grad, vmap) needs these two: the gradient keeps nothing of the forward pass.
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    generate_vmap_rule = True
 
 
 class BlockMask(nn.Module):
@@ -80,14 +88,14 @@ class BlockMask(nn.Module):
 
     A weight of more than two dimensions is seen as the matrix `weight.flatten(1)`; a convolution is
     (out, in · kh · kw). Blocks need not divide the matrix: those at its edge are smaller.
-    # Differs: the reference asserts exact division. It can also keep a floor of blocks, 0.5 % by
-    # default (for shared rows and columns counted in weights): its headline run did, we have none.
+    Differs: the reference asserts exact division, and can keep a minimum of blocks whatever their
+    scores are, 0.5 % by default. We have no minimum.
 
     shape: (R, C) of the matrix.
     block: (r, c) with 1 ≤ r ≤ R and 1 ≤ c ≤ C.
     scores: a parameter to share with other masks, with one element for each of the ⌈R/r⌉ · ⌈C/c⌉
         blocks. Fresh scores are 0, where σ is 0.5 and far above any τ in use: all blocks are kept.
-        Scores and τ stay fp32 (or fp64) in a model of fp16 or bf16: small steps would round away.
+        Scores and τ stay fp32 (or fp64) in a model of fp16 or bf16.
     kind: the group that penalty() and density() count this weight in.
     Raises ValueError where block or scores do not fit.
     """
@@ -115,7 +123,9 @@ class BlockMask(nn.Module):
 
     def block_mask(self) -> Tensor:
         """M(S) on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉)."""
-        return StraightThrough.apply(_full(self.scores), self.threshold).view(self.grid)
+        # Scores that rows and columns share are (F,): they become (F, 1) or (1, F) here.
+        scores = _unsharded(self.scores)
+        return StraightThrough.apply(scores, self.threshold).view(self.grid)
 
     def weight_mask(self) -> Tensor:
         """M(S) on the weight, R × C, or of length 1 along a dimension that one block spans.
@@ -128,7 +138,7 @@ class BlockMask(nn.Module):
         """
         R, C = self.shape
         rows, columns = self.grid
-        # A single block along a dimension need not be repeated: broadcasting does it.
+        # What one block spans is not repeated: broadcasting does it.
         r = self.block[0] if rows > 1 else 1
         c = self.block[1] if columns > 1 else 1
         mask = self.block_mask()[:, None, :, None]      # (rows, 1, columns, 1)
@@ -141,14 +151,13 @@ class BlockMask(nn.Module):
         masked = weight.flatten(1) * mask               # W′ = W ⊙ M(S), (R, C)
         return masked.view_as(weight)
 
+    # Two guards. model.half() and its like come through here, and would make scores fp16.
     def _apply(self, fn, recurse: bool = True):
-        # model.half() and its like come through here: scores and τ move with the model, in fp32.
         return super()._apply(_at_least_fp32(fn), recurse)
 
+    # safetensors refuses tensors that share memory, as shared scores do: a copy is saved of them.
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # safetensors refuses tensors that share memory, as shared scores would: a copy is written.
-        # Loading fills the one parameter that the masks of a model share.
         if self.scores_are_given and not keep_vars:
             destination[prefix + "scores"] = destination[prefix + "scores"].clone()
 
@@ -156,8 +165,9 @@ class BlockMask(nn.Module):
 class BiasMask(nn.Module):
     """The mask of a bias: an output that has no weight left loses its bias too.
 
-    output_dim: the dimension of the weight that holds the outputs.
-    Paper: the gradient of the bias does not reach the scores ([R:modules/masked_nn.py], bias_mask).
+    So a pruned output is 0 in training already. output_dim: the dimension of the weight that holds
+    the outputs. Paper: no gradient goes from the bias to the scores ([R:modules/masked_nn.py],
+    bias_mask).
     """
 
     def __init__(self, mask: BlockMask, output_dim: int):
@@ -168,12 +178,12 @@ class BiasMask(nn.Module):
     def forward(self, bias: Tensor) -> Tensor:
         mask = self._mask[0]
         outputs = mask.shape[self.output_dim]
-        size = mask.block[self.output_dim]
-        # 1 where a row of blocks (a column, where weights are (in, out)) has any block left.
+        rows_per_block = mask.block[self.output_dim]
+        # Shapes are for output_dim 0. 1 where a row of blocks has any block left:
         alive = mask.block_mask().detach()                  # (⌈R/r⌉, ⌈C/c⌉)
         alive = alive.amax(dim=1 - self.output_dim)         # (⌈R/r⌉,)
-        # The same for each output: every entry stands for `size` of them, the last for what is left.
-        alive = alive.repeat_interleave(size, output_size=size * len(alive))
+        # And for each output, as in weight_mask():
+        alive = alive[:, None].expand(-1, rows_per_block).reshape(-1)
         alive = alive[:outputs]                             # (R,)
         return bias * alive.to(bias.dtype)
 
@@ -186,33 +196,24 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
                 scores: Optional[nn.Parameter] = None, kind: str = "ffn") -> BlockMask:
     """Put a block mask on one weight of a module, and on the bias that goes with it.
 
-    From here on `module.weight` is W ⊙ M(S), and W itself `module.parametrizations.weight.original`.
-    The module knows nothing of it: nn.Linear, nn.Conv2d, nn.MultiheadAttention and others will do.
+    From here on `module.weight` is W ⊙ M(S), and W itself is at
+    `module.parametrizations.weight.original`. The module knows nothing of it: any will do that reads
+    its weight as an attribute, such as nn.Linear, nn.Conv2d or nn.MultiheadAttention.
 
     block: (r, c), a tile of the weight as it is stored.
     weight, bias: the names of the two parameters. A bias that is absent or None is skipped, and
         bias="" leaves it without a mask.
-    output_dim: the dimension of the weight that holds the outputs: 0 where weights are (out, in), as
-        in torch; 1 where they are (in, out), as in GPT-2. None is 0, but refused where it is known
-        to be wrong.
+    output_dim: the dimension of the weight that holds the outputs: 0 where weights are (out, in),
+        as in torch; 1 where they are (in, out), as in GPT-2. By default 0, and an error for modules
+        that are known to store (in, out).
     scores, kind: see BlockMask.
-    Returns the mask. Raises ValueError, with nothing changed, where block, bias or scores do not fit.
+    Returns the mask. Raises ValueError, with nothing changed, where something does not fit.
     """
     W = getattr(module, weight)
     b = getattr(module, bias, None)
-    if parametrize.is_parametrized(module, weight):
-        raise ValueError(f"the {weight} of {type(module).__name__} is parametrized already")
-    if W.dim() < 2:
-        raise ValueError(f"a weight of two and more dimensions is expected, not {tuple(W.shape)}")
-    if b is not None:
-        _check_output_dim(module, W, output_dim)
-    if output_dim is None:
-        output_dim = 0
+    _check_maskable(module, weight, bias, output_dim)
+    output_dim = output_dim or 0
     matrix_shape = W.flatten(1).shape       # a convolution is (out, in · kh · kw)
-    if b is not None and len(b) != matrix_shape[output_dim]:
-        raise ValueError(f"a weight of {tuple(W.shape)} with its outputs in dimension {output_dim} does "
-                         f"not go with a bias of {tuple(b.shape)}: say output_dim=1 where weights are "
-                         f'(in, out), or bias="" to leave the bias without a mask')
     mask = BlockMask(matrix_shape, block, scores, kind).to(W.device)
     # torch calls the mask whenever module.weight is read, in the forward pass or elsewhere.
     parametrize.register_parametrization(module, weight, mask)
@@ -225,26 +226,19 @@ def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, gate: Optional[nn.Module]
                     kind: str = "ffn") -> nn.Parameter:
     """One score for each inner dimension of fc2(act(fc1(x))): row j of fc1 with column j of fc2.
 
-    Paper: the feed-forward layers of Hybrid ([R:modules/masked_nn.py], 1d_alt).
+    Paper: the feed-forward layers of Hybrid ([R:modules/masked_nn.py], 1d_alt). The gradient of a
+    score is the sum over all that it masks: row j of dL/dW₁′ ⊙ W₁ and column j of dL/dW₂′ ⊙ W₂.
 
     fc1, fc2: weights of (out, in), or convolutions of (out, in, kh, kw).
     gate: of a layer fc2(act(gate(x)) · fc1(x)), as in LLaMA: its row j has the same score.
     Returns the scores, (F,) for F inner dimensions. Raises ValueError, with nothing changed, where
     the outputs of fc1 or gate are not the inputs of fc2, or where one of them is masked already.
     """
-    for module in (fc1, fc2, gate):
-        if module is not None and _stores_in_out(module, module.weight):
-            raise ValueError(f"the weight of {type(module).__name__} is (in, out), not (out, in)")
+    _check_feed_forward(fc1, fc2, gate)
     F, inputs = fc1.weight.flatten(1).shape
     outputs, columns = fc2.weight.flatten(1).shape
-    if fc2.weight.shape[1] != F:
-        raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs")
-    if parametrize.is_parametrized(fc1, "weight") or parametrize.is_parametrized(fc2, "weight"):
-        raise ValueError("fc1 or fc2 is parametrized already")
-    if gate is not None:
-        _check_gate(gate, F)
     scores = nn.Parameter(torch.zeros(F, device=fc1.weight.device, dtype=_score_dtype()))
-    # All masks have the same scores: a dimension is kept or pruned on both of its sides at once.
+    # A dimension is kept or pruned on both of its sides at once.
     mask_weight(fc1, (1, inputs), scores=scores, kind=kind)                 # a block is a row
     if gate is not None:
         gate_inputs = gate.weight.flatten(1).shape[1]
@@ -268,8 +262,8 @@ def threshold_schedule(step: int, total: int, flat_start: float, flat_end: float
                        final: float = 0.1, initial: float = 0.0) -> float:
     """τ of a step, counted from 0: `initial`, then a cubic rise, then `final`.
 
+        progress = (t − flat_start) / (total − flat_start − flat_end), clipped to 0 … 1
         τ(t) = final + (initial − final) · (1 − progress)³
-        progress = (t − flat_start) / (total − flat_start − flat_end), from 0 to 1
 
     The rise is fast at first: 58, 88 and 98 % of it are done after a quarter, half and three
     quarters of its steps. λ follows τ, as λ(t) = λ · τ(t) / final.
@@ -277,36 +271,36 @@ def threshold_schedule(step: int, total: int, flat_start: float, flat_end: float
     total: steps of the run. flat_start, flat_end: how many steps τ is flat at either end.
     Source: Sanh et al. 2020, eq. (5); [R:patch_coordinator.py], schedule_threshold, where both flat
     parts are multiples of the learning rate's warm-up.
-    Raises ValueError where no step is left for the rise.
-    # Differs: there the reference jumps, or trains a dense model and scores a pruned one.
+    Raises ValueError where the flat parts leave no room for the rise. Differs: the reference then
+    jumps to the final τ, or never leaves the initial one.
     """
     rising = total - flat_start - flat_end
-    if rising <= 1:
-        raise ValueError(f"no step is left for τ to rise: of {total}, the first {flat_start} and the "
-                         f"last {flat_end} are flat; train longer, or with a shorter warm-up")
+    if rising <= 1:         # a rise of one step would be a jump
+        raise ValueError(f"no step is left for τ to rise: of {total}, the first {flat_start} and "
+                         f"the last {flat_end} are flat; train longer, or with a shorter warm-up")
     progress = (step - flat_start) / rising
-    # Before the rise progress is below 0, after it over 1: τ is flat there.
-    left = min(1, max(0, 1 - progress))
-    return final + (initial - final) * left ** 3
+    progress = min(1, max(0, progress))
+    return final + (initial - final) * (1 - progress) ** 3
 
 
 def set_threshold(model: nn.Module, threshold: float) -> None:
-    """Set τ in every mask of the model. Paper: evaluation is at the final τ, whatever the step."""
+    """Set τ in every mask of the model."""
     for mask in masks(model):
         mask.threshold.fill_(threshold)
 
 
 def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> Tensor:
-    """The penalty R, a scalar, to be added to the loss as λ(t) · R.
+    """The penalty, a scalar, to be added to the loss as λ(t) · penalty.
 
-        R = 1/K Σ over the K kinds of λ_kind · 1/N Σ over the kind's N score tensors of mean σ(S)
+        of a kind   1/N Σ over its N score tensors of mean σ(S)
+        penalty     1/K Σ over the K kinds of λ_kind · that
 
-    Three means, one in the other: large matrices weigh no more than small ones. Scores that masks
-    share are one tensor, counted once. So the push on one score is
-    λ · λ_kind · σ′(S) / (K · N · number of its tensor's scores): λ does not carry over between
-    models, and the push fades with σ′ as S falls, so that a block can come back.
+    Three means, one in the other: a large matrix weighs no more than a small one, and so one score
+    of many weighs less than one of few. Scores that masks share are one tensor, counted once. The
+    push on one score is λ · λ_kind · σ′(S) / (K · N · number of its tensor's scores). Therefore λ
+    must be found anew for each model; and since σ′ fades as S falls, a block can come back.
 
-    weights: λ_kind by kind, 1 where not given. R is 0.5 at first if all are 1.
+    weights: λ_kind by kind, 1 where not given. If all are 1 the penalty starts at 0.5.
     Source: [R:patch_coordinator.py], regularization_loss; σ is in [R:modules/masked_nn.py].
     Raises ValueError for a kind that the model does not have, or for a model without masks.
     """
@@ -325,24 +319,24 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
     total = 0.0
     for kind, tensors in scores_by_kind.items():
         # The mean over a kind's score tensors, each of which is a mean over its blocks.
-        kind_mean = sum(_full(S).sigmoid().mean() for S in tensors.values()) / len(tensors)
+        kind_mean = sum(_unsharded(S).sigmoid().mean() for S in tensors.values()) / len(tensors)
         total = total + weights.get(kind, 1.0) * kind_mean
     return total / len(scores_by_kind)
 
 
 def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
                      weight_decay: float = 0.0) -> List[dict]:
-    """Optimiser groups: matrices, vectors (biases and norms) and scores, without those that are empty.
+    """Optimiser groups: matrices, vectors (biases and norms) and scores. Empty groups are left out.
 
     Paper: scores learn at 1e-2, weights at 3e-5; one learning-rate schedule and one gradient clip
     act on all of them ([R:patch_coordinator.py], create_optimizer_groups; [R:sparse_trainer.py]).
     Note: scores must not decay toward 0, that is toward being kept. Their 0 is written out, because
     AdamW's default is 0.01.
-    Raises ValueError where every score is frozen, unless score_lr is None: then it is meant so.
+    score_lr: None trains the weights alone; otherwise ValueError where every score is frozen.
     """
     if score_lr is not None:
         _check_some_scores_learn(model)
-    # By identity, so that scores which masks share are there once. What is frozen stays frozen.
+    # By identity, as in penalty(). What is frozen stays frozen.
     scores = {}
     for mask in masks(model):
         if mask.scores.requires_grad:
@@ -360,8 +354,9 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
     groups = [
         {"params": matrices, "lr": lr, "weight_decay": weight_decay},
         {"params": vectors, "lr": lr, "weight_decay": 0.0},
-        {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0},
     ]
+    if score_lr is not None:
+        groups.append({"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 
@@ -370,7 +365,7 @@ def density(model: nn.Module) -> Dict[str, float]:
     """The fraction of the masked weights that their masks keep, by kind, and for "all" of them.
 
     Biases do not count. A weight that a mask keeps counts even where it is zero by itself.
-    Raises ValueError where scores or τ are NaN: σ(NaN) > τ is false, the blocks would count as pruned.
+    Raises ValueError where scores or τ are NaN.
     """
     _check_not_nan(model)
     kept: Dict[str, float] = {}
@@ -383,7 +378,7 @@ def density(model: nn.Module) -> Dict[str, float]:
     return {kind: kept[kind] / size[kind] for kind in kept}
 
 
-# ------------------------------------------------------------------------- from masks to zeros: bake
+# ------------------------------------------------------------------------ from masks to zeros: bake
 
 
 @torch.no_grad()
@@ -393,7 +388,8 @@ def bake(model: nn.Module) -> nn.Module:
     The model computes the same function, in plain modules that torch.save and torch.export take.
     Returns the model. Raises ValueError, with nothing changed, where a masked module has other
     parametrizations too, where scores or τ are NaN, or where a masked weight is tied to one that
-    is not masked alike; where both are, they stay tied. Warns where no block is pruned.
+    is not masked alike. Weights that are tied and masked alike stay tied. Warns where pruning looks
+    unintended.
     """
     # All is checked before anything is changed.
     _check_not_nan(model)
@@ -409,23 +405,21 @@ def bake(model: nn.Module) -> nn.Module:
             raise ValueError("remove the other parametrizations of the masked modules first")
         if all(ours):
             masked_modules.append(module)
-    tied = _tied_originals(model, masked_modules)
+    _check_tied(model, masked_modules)
     _warn_if_nothing_is_pruned(model)
 
+    baked: Dict[Tensor, nn.Parameter] = {}      # W → W ⊙ M(S): tied weights have one of both
     for module in masked_modules:
         # 1. Read the values as the module sees them: W ⊙ M(S), and the masked bias.
         values = {}
         for name, chain in module.parametrizations.items():
-            original = chain.original
-            parameter = tied.get(original)
-            if parameter is None:
+            W = chain.original
+            if W not in baked:
                 value = getattr(module, name).detach().clone()
-                parameter = nn.Parameter(value, requires_grad=original.requires_grad)
-            if original in tied:
-                tied[original] = parameter      # for its other owners
-            values[name] = parameter
-        # 2. Go back to the plain class. Note: torch's remove_parametrizations() would delete a
-        #    property of the class it made, and deepcopy shares that class between copies of a model.
+                baked[W] = nn.Parameter(value, requires_grad=W.requires_grad)
+            values[name] = baked[W]
+        # 2. Go back to the plain class. Note: torch's remove_parametrizations() deletes a property
+        #    of the class it made, which copies of a model share: the copies would break.
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
         # 3. Put the values in, as ordinary parameters.
@@ -434,24 +428,26 @@ def bake(model: nn.Module) -> nn.Module:
     return model
 
 
-# --------------------------------------------------------------------- from zeros to smaller matrices
+# ------------------------------------------------------------------- from zeros to smaller matrices
 
 
 @torch.no_grad()
 def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear,
               head_size: int) -> int:
-    """Remove, in place, the attention heads that add nothing or a constant. Returns how many are left.
+    """Remove, in place, the attention heads that add nothing or a constant.
 
     query, key, value: (H · D, in), baked; a head is D = head_size rows of each, in order.
     out: (E, H · D); the same head is D of its columns. Biases may be None.
+    Returns how many heads are left, 0 included: whoever reshapes by heads must be told. Weights and
+    biases are new parameters, for which an optimiser has to be made anew.
 
         columns of `out` all 0     the head adds nothing
-        rows of `value` all 0      its values are the bias bᵥ at every token, and so is their mean,
-                                   whatever the attention: the head adds out · bᵥ, a constant
+        rows of `value` all 0      its values are bᵥ at every token. Attention weights sum to 1, so
+                                   the head's output is bᵥ too: it adds out[:, head] · bᵥ[head]
 
-    The constant goes into the bias of `out`, in fp64.
-    # Differs: the reference removes a head as soon as query, key or value is empty. With an empty
-    # query or key attention is uniform, but the head still adds the mean of V: here it stays.
+    The constant goes into the bias of `out`, in fp64. Exact without dropout of attention weights.
+    Differs: the reference removes a head as soon as query, key or value is empty. With an empty
+    query or key attention is uniform, but the head still adds the mean of V: here it stays.
     Raises ValueError where the linears are not plain, or do not fit each other.
     """
     _check_heads(query, key, value, out, head_size)
@@ -463,7 +459,7 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
     columns_of_head = O.view(len(O), H, head_size)              # (E, H, D)
     kept = (rows_of_head != 0).any(dim=1) & (columns_of_head != 0).any(dim=2).any(dim=0)
     kept_rows = kept.repeat_interleave(head_size)               # (H · D,)
-    # What the others still add is O bᵥ, the same at every token.
+    # What the removed heads add is O bᵥ, the same at every token.
     if value.bias is not None:
         constant = O[:, ~kept_rows] @ value.bias.double()[~kept_rows]
         _add_to_bias(out, constant)                             # (E,)
@@ -478,21 +474,21 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
                    gate: Optional[nn.Linear] = None) -> int:
     """Remove, in place, the inner dimensions of fc2(act(fc1(x))) that add nothing or a constant.
 
-    fc1, fc2: (F, in) and (out, F), baked, with or without biases. act: works on single numbers.
+    fc1, fc2: (F, in) and (out, F), baked, with or without biases. act: elementwise.
     Returns how many dimensions are left.
 
         column j of fc2 all 0      the dimension adds nothing
         row j of fc1 all 0         its activation is act(b₁[j]): it adds act(b₁[j]) · fc2[:, j]
 
-    gate: (F, in) of a layer fc2(act(gate(x)) · fc1(x)). Its activation j is act(gateⱼ) · fc1ⱼ:
+    gate: (F, in) of a layer fc2(act(gate(x)) · fc1(x)). Activation j is act(gate(x)ⱼ) · fc1(x)ⱼ:
 
         both rows j all 0                     the constant act(b_gate[j]) · b₁[j]
         row j and bias j of fc1 all 0         the constant 0, whatever the gate
         row j of gate 0, act(b_gate[j]) 0     the constant 0, whatever fc1
 
     The constant goes into the bias of fc2, in fp64; where fc2 had none, it gets one.
-    Raises ValueError where the linears are not plain, fc2 does not take what fc1 gives, or act mixes
-    dimensions, as softmax and LayerNorm do.
+    Raises ValueError where the linears are not plain, fc2 does not take what fc1 gives, or act
+    mixes dimensions, as softmax and LayerNorm do.
     """
     _check_dimensions(fc1, fc2, gate)
     _check_act(act, fc1.weight.device)
@@ -500,15 +496,15 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
     W2 = fc2.weight.double()                                    # (out, F)
     b1 = _bias_or_zeros(fc1)                                    # (F,)
     # A dimension is needed where its activation varies, and its column of W2 has something in it.
-    varies = (W1 != 0).any(dim=1)                               # (F,)
+    varies = fc1_varies = (W1 != 0).any(dim=1)                  # (F,)
     if gate is not None:
         b_gate = _bias_or_zeros(gate)
         gate_varies = (gate.weight != 0).any(dim=1)
-        gate_opens = gate_varies | (act(b_gate.clone()) != 0)
-        fc1_opens = varies | (b1 != 0)
-        varies = (varies | gate_varies) & gate_opens & fc1_opens
+        fc1_is_0 = ~fc1_varies & (b1 == 0)
+        gate_is_0 = ~gate_varies & (act(b_gate.clone()) == 0)   # a copy: act may work in place
+        varies = (fc1_varies | gate_varies) & ~fc1_is_0 & ~gate_is_0
     kept = varies & (W2 != 0).any(dim=0)
-    # What the others still add is W2 act(b₁). Without a bias that is W2 act(0), and act(0) may not be 0.
+    # What the removed dimensions add is W2 act(b₁). Without a bias act(0) may still not be 0.
     if gate is None:
         activation = act(b1[~kept])
     else:
@@ -577,7 +573,7 @@ def _at_least_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return exact_fn
 
 
-def _full(scores: Tensor) -> Tensor:
+def _unsharded(scores: Tensor) -> Tensor:
     """All scores, where each process holds a shard of them only, as a DTensor under FSDP2."""
     if hasattr(scores, "full_tensor"):
         return scores.full_tensor()
@@ -596,7 +592,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _stores_in_out(module: nn.Module, W: Tensor) -> bool:
-    """Whether the weight is known to be (in, out): transposed convolutions, Conv1D of transformers."""
+    """Whether the weight is known to be (in, out): of transposed convolutions, of GPT-2's Conv1D."""
     if isinstance(module, TRANSPOSED):
         return True
     class_names = [cls.__name__ for cls in type(module).__mro__]
@@ -604,18 +600,51 @@ def _stores_in_out(module: nn.Module, W: Tensor) -> bool:
 
 
 def _check_output_dim(module: nn.Module, W: Tensor, output_dim: Optional[int]) -> None:
-    # A 0 that is said is believed for a class that happens to be named Conv1D, not for torch's own.
-    wrong = output_dim != 1 if isinstance(module, TRANSPOSED) else output_dim is None
+    # An explicit 0 is accepted for a class that is merely named Conv1D.
+    if isinstance(module, TRANSPOSED):
+        wrong = output_dim != 1
+    else:
+        wrong = output_dim is None
     if wrong and _stores_in_out(module, W):
-        raise ValueError(f"the weight of {type(module).__name__} is (in, out): say output_dim=1, or "
-                         f'bias="" to leave the bias without a mask')
+        raise ValueError(f"the weight of {type(module).__name__} is (in, out): say output_dim=1, "
+                         f'or bias="" to leave the bias without a mask')
+
+
+def _check_maskable(module: nn.Module, weight: str, bias: str, output_dim: Optional[int]) -> None:
+    W = getattr(module, weight)
+    b = getattr(module, bias, None)
+    if parametrize.is_parametrized(module, weight):
+        raise ValueError(f"the {weight} of {type(module).__name__} is parametrized already")
+    if W.dim() < 2:
+        raise ValueError(f"a weight of two and more dimensions is expected, not {tuple(W.shape)}")
+    if b is None:
+        return
+    _check_output_dim(module, W, output_dim)
+    output_dim = output_dim or 0
+    if len(b) != W.flatten(1).shape[output_dim]:
+        raise ValueError(f"a weight of {tuple(W.shape)} with its outputs in dimension {output_dim} "
+                         f"does not go with a bias of {tuple(b.shape)}: say output_dim=1 where "
+                         f'weights are (in, out), or bias="" to leave the bias without a mask')
+
+
+def _check_feed_forward(fc1: nn.Module, fc2: nn.Module, gate: Optional[nn.Module]) -> None:
+    for module in (fc1, fc2, gate):
+        if module is not None and _stores_in_out(module, module.weight):
+            raise ValueError(f"the weight of {type(module).__name__} is (in, out), not (out, in)")
+    F = len(fc1.weight)
+    if fc2.weight.shape[1] != F:
+        raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs")
+    if parametrize.is_parametrized(fc1, "weight") or parametrize.is_parametrized(fc2, "weight"):
+        raise ValueError("fc1 or fc2 is parametrized already")
+    if gate is not None:
+        _check_gate(gate, F)
 
 
 def _check_some_scores_learn(model: nn.Module) -> None:
     learning = [mask.scores.requires_grad for mask in masks(model)]
     if learning and not any(learning):
         raise ValueError("every score is frozen, nothing would be pruned: set requires_grad of "
-                         "mask.scores for masks(model), or score_lr=None to train the weights alone")
+                         "mask.scores for masks(model), or score_lr=None to train weights alone")
 
 
 def _check_not_nan(model: nn.Module) -> None:
@@ -627,27 +656,28 @@ def _check_not_nan(model: nn.Module) -> None:
                              f"diverged, go back to a checkpoint and look at loss and gradients")
 
 
-def _tied_originals(model: nn.Module, masked_modules: Sequence[nn.Module]) -> Dict[Tensor, None]:
-    """The originals that several modules own, all of them masked alike."""
+def _check_tied(model: nn.Module, masked_modules: Sequence[nn.Module]) -> None:
+    """A weight that several modules own must be masked alike in all of them."""
+    # How many modules own each parameter?
     owners: Dict[Tensor, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
-    tied: Dict[Tensor, List[Tensor]] = {}       # to what each of its masked owners makes of it
+    tied: Dict[Tensor, List[Tensor]] = {}       # original → its masked value in each owner
     for module in masked_modules:
         for name, chain in module.parametrizations.items():
             if owners[chain.original] > 1:
                 tied.setdefault(chain.original, []).append(getattr(module, name))
+    # Alike is: the same values come out of every mask.
     for original, values in tied.items():
         alike = [torch.equal(value, values[0]) for value in values]
         if len(values) < owners[original] or not all(alike):
             everything = model.named_parameters(remove_duplicate=False)
             names = [name for name, parameter in everything if parameter is original]
             raise ValueError(
-                f"a masked weight has another owner, which is not masked alike: {names}; mask all of "
-                f"them with the same scores=mask.scores, or untie those without a mask before bake(), "
-                f"with module.weight = nn.Parameter(module.weight.clone())")
-    return dict.fromkeys(tied)
+                f"a masked weight has another owner, which is not masked alike: {names}; mask all "
+                f"of them with the same scores=mask.scores, or untie those without a mask before "
+                f"bake(), with module.weight = nn.Parameter(module.weight.clone())")
 
 
 def _warn_if_nothing_is_pruned(model: nn.Module) -> None:
@@ -664,6 +694,7 @@ def _warn_if_nothing_is_pruned(model: nn.Module) -> None:
         pruned = pruned or not mask.block_mask().all()
     if not thresholds:
         return
+    # Scores start at 0. Where all are still there, or τ is, training never reached the masks.
     untouched = min(lowest) == max(highest) == 0
     if min(thresholds) == 0 or untouched or not pruned:
         warnings.warn(
@@ -685,7 +716,8 @@ def _check_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Lin
     inner = out.in_features
     for linear in (query, key, value):
         if linear.out_features != inner:
-            raise ValueError(f"as many outputs as `out` has inputs, {inner}, are expected: {linear}")
+            raise ValueError(f"as many outputs as `out` has inputs, {inner}, are expected: "
+                             f"{linear}")
     if inner % head_size != 0:
         raise ValueError(f"{inner} rows are no whole number of heads of {head_size}")
 
@@ -707,7 +739,7 @@ def _check_gate(gate: nn.Module, F: int) -> None:
 
 
 def _check_act(act: Callable[[Tensor], Tensor], device: torch.device) -> None:
-    """act of some numbers must be act of each by itself, else a dimension could not be taken out."""
+    """act of some numbers must be act of each by itself: else no dimension can be taken out."""
     values = torch.tensor([-3, -1.5, -0.5, 0, 0.25, 1, 2, 6], dtype=torch.float64, device=device)
     try:
         together = act(values.clone())                      # a clone, since act may work in place
@@ -717,5 +749,5 @@ def _check_act(act: Callable[[Tensor], Tensor], device: torch.device) -> None:
     except Exception as error:      # whatever act raises where it is given another number of values
         raise ValueError(f"act does not take single numbers of fp64: {error}") from error
     if not fits:
-        raise ValueError("act is expected to work on single numbers, but act of eight numbers is not "
-                         "act of each: softmax, norms, GLU and dropout in training cannot be cut")
+        raise ValueError("act is expected to work on single numbers, but act of eight numbers is "
+                         "not act of each: softmax, norms, GLU and dropout in training cannot be cut")

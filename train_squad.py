@@ -8,11 +8,12 @@
   python train_squad.py --ask R/filled                            a passage and questions of yours
   torchrun --nproc_per_node=2 train_squad.py …                    a training, in two processes
 
-In this order: the settings; the method on BERT, that is masks, loss, schedules and training loop;
-then SQuAD, answers, run folders and the command line, which any fine-tuning needs.
+In this order: settings; the method on BERT, which is masks, loss, schedules, loop; then what any
+fine-tuning needs: data, answers, run folders, command line. Differs: in the paper pruning starts from
+the pretrained model (--init WEIGHTS); at small scale it does better from the teacher.
 After Lagunas et al. 2021 and its code, huggingface/nn_pruning at 0cef2b2, cited as [R:file].
 
-    B batch   T tokens   E hidden size   D head size   S scores   τ threshold   λ of the penalty
+    B batch   T tokens   E hidden size   D head size   S scores   τ threshold   λ weight of penalty
 Comments: `# Paper:` is the authors' method, `# Note:` our remark, `# Differs:` a deviation.
 """
 import argparse
@@ -77,12 +78,12 @@ class Config:
     lr: float | None = None             # of the weights, at its peak; paper: 3e-5
     score_lr: float | None = None       # of the scores, at its peak; paper: 1e-2
     warmup_steps: int | None = None     # None: 5 % of the run, 10 in a fill; paper: 5,400, 10
-    initial_warmup: float = 1           # τ stays 0 for so many warm-ups [R:command_line.py]
-    final_warmup: float = 10            # and final for so many [R:parameters.json]
+    initial_warmup: float = 1           # times warmup_steps τ stays 0 [R:command_line.py]
+    final_warmup: float = 10            # times warmup_steps it stays final [R:parameters.json]
     threshold: float = 0.1              # final τ: a block is pruned at σ(S) ≤ τ [R:command_line.py]
     final_lambda: float | None = None   # λ at the final τ: the higher, the less is kept
-    attention_lambda: float | None = None   # times λ, for attention; 1, for struct 0.05
-    ffn_lambda: float | None = None     # times λ, for the feed-forward layers; 1
+    attention_lambda: float | None = None   # factor on λ for attention; 1, for struct 0.05
+    ffn_lambda: float | None = None     # factor on λ for the feed-forward layers; 1
     alpha_ce: float = 0.1               # of the cross entropy, with a teacher [R:command_line.py]
     alpha_kd: float = 0.9               # of the distillation [R:command_line.py]
     temperature: float = 2              # of the distillation [R:patch_coordinator.py]
@@ -117,7 +118,7 @@ def add_masks(model: BertForQuestionAnswering, method: str, block: str) -> None:
         attention, ffn = layer.attention, layer.ffn
 
         # Attention: blocks of r × c in (out, in). `out` gets the block transposed, so that its
-        # columns line up with the rows of query, key and value that are the same head.
+        # columns line up with the rows of query, key and value that belong to the same head.
         head_scores = None
         if method == "struct":
             # Differs: one score a head, shared by its four matrices. The reference scores each
@@ -142,15 +143,17 @@ def add_masks(model: BertForQuestionAnswering, method: str, block: str) -> None:
 
 def loss_terms(student_logits, teacher_logits, batch: dict,
                temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy, and distillation T² · KL(softmax(teacher / T) ‖ softmax(student / T)).
+    """Cross entropy, and distillation.
+
+        temperature² · KL(softmax(teacher / temperature) ‖ softmax(student / temperature))
 
     Both are means over the batch and over start and end; the KL is a sum over positions.
-    student_logits, teacher_logits: pairs (start, end), each (B, T). teacher_logits may be None: 0.
-    # Differs: over real tokens, so that a row's loss does not depend on its batch-mates. In the
-    # reference padding takes part in both softmaxes.
+    student_logits, teacher_logits: pairs (start, end), each (B, T). Without a teacher (None) the
+    distillation is 0. Differs: over real tokens, so that a row's loss does not depend on its
+    batch-mates. In the reference padding takes part in both softmaxes.
     """
     def log_softmax(logits):
-        # Not −∞, which makes NaNs, but a number that a softmax takes for it.
+        # −∞ would make 0 · ∞, a NaN, of the KL; this has probability 0 as well.
         padding = torch.finfo(torch.float32).min
         return logits.masked_fill(~batch["real"], padding).log_softmax(-1)      # (B, T)
 
@@ -165,7 +168,7 @@ def loss_terms(student_logits, teacher_logits, batch: dict,
             student_log_p = log_softmax(student.float() / temperature)
             teacher_log_p = log_softmax(teacher.float() / temperature)
             kd = kd + F.kl_div(student_log_p, teacher_log_p, reduction="batchmean", log_target=True)
-    # Halves: a mean of start and end. T² keeps the gradient's size whatever the temperature is.
+    # Means of start and end. The square keeps the gradient's size whatever the temperature is.
     return ce / 2, kd * temperature ** 2 / 2
 
 
@@ -175,8 +178,8 @@ def loss_terms(student_logits, teacher_logits, batch: dict,
 def learning_rate_factor(step: int, total: int, warmup: int) -> float:
     """All learning rates: up in a line over the warm-up, then down in a line to 0.
 
-    # Differs: the reference's first step has 0. Ours is 1/warmup higher at every warm-up step and
-    # peaks one step earlier; after the warm-up the two are equal.
+    Differs: the reference's first step is at rate 0. Ours is 1/warmup higher at every warm-up step
+    and peaks one step earlier; after the warm-up the two are equal.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -191,13 +194,13 @@ def threshold_at(step: int, config: Config, total: int, warmup: int) -> float:
 
 
 def lambda_at(step: int, config: Config, total: int, warmup: int) -> float:
-    """λ of a step. Paper: it follows τ, so nothing is pushed down while nothing can be pruned."""
+    """λ of a step. Paper: it follows τ. Note: while nothing can be pruned, nothing is pushed down."""
     return config.final_lambda * threshold_at(step, config, total, warmup) / config.threshold
 
 
 def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | None,
           features: "Features", config: Config) -> float:
-    """Ordinary fine-tuning; what stands under `if pruning:` is all that pruning adds.
+    """Ordinary fine-tuning; what stands under `if pruning:` is all that pruning adds to the loop.
 
     Goes on from the checkpoint in the run folder, if there is one. Returns the seconds it took, with
     those of earlier parts of the run. Raises ValueError where the loss is no longer a number.
@@ -205,12 +208,12 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
     out = Path(config.out)
     pruning = config.method != "dense"
     rank, world = processes(config.device)
-    # How many steps there are, and which comes first where the run was interrupted.
+    # How many steps there are, and where to resume.
     total, warmup = plan(config, len(features))
     optimizer = prepare(model, config)
     first_step, seconds = restore(out / "checkpoint.pt", model, optimizer, config.device, total)
 
-    # The teacher is asked about every window once, not once an epoch.
+    # The teacher is in eval mode, its logits never change: it is asked about every window once.
     began = time.monotonic()
     teacher_logits = None
     if teacher is not None and first_step < total:
@@ -229,7 +232,7 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
         batch = features.batch(windows, config.device)
 
         # Set τ: from here on every masked linear.weight is read as W ⊙ 1[σ(S) > τ].
-        tau, lam, penalty = 0.0, 0.0, torch.zeros(())
+        tau = 0.0
         if pruning:
             tau = threshold_at(step, config, total, warmup)
             blockprune.set_threshold(model, tau)
@@ -249,6 +252,8 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
             loss = config.alpha_ce * ce + config.alpha_kd * kd
 
         # And the penalty, λ · mean σ(S), which pushes all scores down.
+        lam = 0.0
+        penalty = torch.zeros(())
         if pruning:
             lam = lambda_at(step, config, total, warmup)
             kind_weights = {"attention": config.attention_lambda, "ffn": config.ffn_lambda}
@@ -307,7 +312,7 @@ def prepare(model: BertForQuestionAnswering, config: Config) -> torch.optim.Adam
 def plan(config: Config, windows: int) -> tuple[int, int]:
     """The steps of a run and of its warm-up. ValueError for a fine-pruning that cannot prune."""
     total = max(2, round(config.epochs * math.ceil(windows / config.batch)))
-    # Paper: 10 steps of warm-up for a fill. For short runs 5 % of the steps are the paper's share.
+    # Paper: 10 steps of warm-up for a fill, and 5,400 of 110,660, that is 5 %, for pruning.
     warmup = config.warmup_steps
     if warmup is None and config.fill:
         warmup = 10
@@ -326,8 +331,8 @@ def plan(config: Config, windows: int) -> tuple[int, int]:
     needed = 0.8 - pruned_at
     if furthest < needed:
         raise ValueError(f"nothing could be pruned: in {total} steps scores fall to about "
-                         f"-{furthest:.2f}, and a block goes at {pruned_at:.2f}; reach -{needed:.2f} by "
-                         "more --epochs or --score-lr")
+                         f"-{furthest:.2f}, and a block goes at {pruned_at:.2f}; reach -{needed:.2f} "
+                         "with more --epochs or a higher --score-lr")
     return total, warmup
 
 
