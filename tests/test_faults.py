@@ -730,7 +730,7 @@ def test_a_terminal_that_cannot_show_it_stops_no_run(chain, monkeypatch, encodin
         shutil.rmtree(chain / name)
         assert run(chain, name) == 0
     text = shown.getvalue().decode(encoding)
-    assert "? of the penalty" in text and "? 0.100  density" in text and "heads ?" in text
+    assert "? at the final ?" in text and "? 0.100  density" in text and "heads ?" in text
 
 
 def test_the_random_state_of_a_device_is_saved_where_the_run_is_on_it(home, tmp_path, monkeypatch):
