@@ -9,12 +9,13 @@ A run is a folder of model folders (results.json, run.json, log.jsonl, f1.json, 
 """
 import ast
 import json
-import math
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from pictures import curves_picture, layers_picture, masks_picture, run_picture
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -401,134 +402,6 @@ def page(path: Path, parts: dict[str, str]) -> str:
     return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", written, text, flags=re.S)
 
 
-# ---------------------------------------------------------------------------------------- pictures
-
-COLOURS = ("#1f6feb", "#1a7f37", "#bc4c00", "#9a6700", "#8250df", "#57606a")     # read on white and on black
-STYLE = ("<style>svg{font:11px sans-serif;background:#fff}text{fill:#333}.k{fill:#1f6feb}.p{fill:#e6e6e6}.h{stroke:#fff}"
-         ".a{stroke:#8c959f;fill:none}.g{stroke:#8c959f;stroke-opacity:.3}.t{font-weight:bold}"
-         "@media(prefers-color-scheme:dark){svg{background:#0d1117}text{fill:#ccc}.k{fill:#58a6ff}.p{fill:#2d333b}"
-         ".h{stroke:#0d1117}}</style>")
-
-
-def svg(width: float, height: float, parts: list[str]) -> str:
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-            f'{STYLE}{"".join(parts)}</svg>\n')
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers from low to high."""
-    step = 10 ** math.floor(math.log10((high - low) / 3))
-    step *= next(m for m in (5, 2, 1) if (high - low) / (m * step) >= 3)
-    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def chart(x: float, y: float, title: str, across: str, up: str, series: list[tuple], width=370, height=250) -> str:
-    """Axes and series of (name, colour, points, style): "line", "dots" on a line, or "hollow" dots on a dashed one."""
-    points = [p for _, _, ps, _ in series for p in ps]
-    (x0, x1), (y0, y1) = ((min(v) - 0.05 * (max(v) - min(v) or 1), max(v) + 0.05 * (max(v) - min(v) or 1)) for v in zip(*points))
-    left, top, w, h = x + 45, y + 25, width - 60, height - 65
-    X, Y = (lambda v: round(left + w * (v - x0) / (x1 - x0), 1)), (lambda v: round(top + h * (y1 - v) / (y1 - y0), 1))
-    out = [f'<text class="t" x="{left}" y="{y + 14}">{title}</text><rect class="a" x="{left}" y="{top}" width="{w}" height="{h}"/>',
-           f'<text x="{left + w / 2}" y="{top + h + 32}" text-anchor="middle">{across}</text>',
-           f'<text transform="translate({x + 10} {top + h / 2}) rotate(-90)" text-anchor="middle">{up}</text>']
-    out += [f'<path class="g" d="M{X(v)} {top}v{h}"/><text x="{X(v)}" y="{top + h + 15}" text-anchor="middle">{v:g}</text>'
-            for v in (round(v, 10) for v in ticks(x0, x1))]
-    out += [f'<path class="g" d="M{left} {Y(v)}h{w}"/><text x="{left - 5}" y="{Y(v) + 4}" text-anchor="end">{v:g}</text>'
-            for v in (round(v, 10) for v in ticks(y0, y1))]
-    for name, colour, ps, style in series:
-        dash = ' stroke-dasharray="2 3" stroke-opacity=".6"' if style == "hollow" else ""
-        out.append(f'<path fill="none" stroke="{colour}" stroke-width="1.5"{dash} d="M{" L".join(f"{X(a)} {Y(b)}" for a, b in ps)}">'
-                   f'<title>{name}</title></path>')
-        if style != "line":
-            fill = "none" if style == "hollow" else colour
-            out += [f'<circle cx="{X(a)}" cy="{Y(b)}" r="3.5" fill="{fill}" stroke="{colour}"><title>{name}: {a:g}, {b:g}</title></circle>'
-                    for a, b in ps]
-    return "".join(out)
-
-
-def legend(x: float, y: float, names: list[tuple]) -> str:
-    """A line of (name, colour)."""
-    parts = []
-    for name, colour in names:
-        parts.append(f'<circle cx="{x + 4}" cy="{y - 4}" r="4" fill="{colour}"/><text x="{x + 12}" y="{y}">{name}</text>')
-        x += 26 + 6.2 * len(name)
-    return "".join(parts)
-
-
-def curves_picture() -> str:
-    """F1 lost against speed-up and against density, a line a method, and the authors' rows as hollow points."""
-    paper, ours, dense = read("paper.json"), sweep(), read("sweep", "teacher", "results.json")
-    parts = [f'<text class="t" x="10" y="18">F1 lost by pruning on SQuAD v1.1. Solid: MiniLM, {dense["data"]["train_questions"] // 2:,} '
-             f'questions, scored on {dense["data"]["dev_questions"]:,}. Hollow: the authors’ BERT-base, all questions</text>',
-             legend(50, 38, list(zip(METHODS, COLOURS)))]
-    for k, (key, column, across, scale) in enumerate((("speedup", 3, "times the speed of the dense model", 1),
-                                                      ("density", 2, "encoder linear weights kept, %", 100))):
-        series = [(f"{m} (authors, BERT-base)", c, sorted((scale * r[column], r[1] - paper["dense"]) for r in paper["rows"][m]), "hollow")
-                  for m, c in zip(METHODS, COLOURS)]
-        series += [(m, c, sorted((scale * r[key], r["f1"] - dense["f1"]) for r in ours[m]), "dots")
-                   for m, c in zip(METHODS, COLOURS) if ours[m]]
-        parts.append(chart(10 + 420 * k, 50, "", across, "F1 minus that of its own dense model", series, 410, 330))
-    return svg(850, 390, parts)
-
-
-def layers_picture() -> str:
-    """Heads and FFN width left, by layer: one model of each method, the most pruned. Hybrid Filled has those of Hybrid."""
-    last = {m: rows[-1] for m, rows in sweep().items() if rows and m != "Hybrid Filled"}
-    dense, title = read("sweep", "teacher", "results.json"), "Left in each layer of MiniLM, highest λ of each method"
-    parts = [legend(50, 20, [(m, c) for m, c in zip(METHODS, COLOURS) if m in last])]
-    for k, (key, up) in enumerate((("heads", "heads"), ("ffn", "FFN dimensions"))):
-        series = [(f"{m}, λ {r['weight']:g}", c, list(enumerate(r[key])), "dots") for m, c in zip(METHODS, COLOURS)
-                  if m in last for r in [last[m]]]
-        parts.append(chart(10 + 420 * k, 30, title, "layer", f"{up} left of {dense[key][0]:,}", series, 410, 280))
-    return svg(850, 320, parts)
-
-
-def run_picture(run: str) -> str:
-    """τ, λ, density and loss over the steps of a fine-pruning."""
-    lines = [json.loads(line) for line in (HERE / run / "hybrid" / "log.jsonl").read_text().splitlines()]
-    panels = (("τ, the threshold", {"τ": lambda r: r["threshold"]}), ("λ, the weight of the penalty", {"λ": lambda r: r["lambda"]}),
-              ("density: attention (blue), FFN (green)", {k: lambda r, k=k: r["density"].get(k, r["density"].get("dense", 1)) for k in ("attention", "ffn")}),
-              ("loss: all (blue), cross entropy (green)", {k: lambda r, k=k: r[k] for k in ("loss", "ce")}))
-    parts = [f'<text class="t" x="10" y="18">Fine-pruning, Hybrid 32x32 on MiniLM: {run}</text>']
-    for k, (title, values) in enumerate(panels):
-        series = [(name, c, [(r["step"], value(r)) for r in lines], "line") for (name, value), c in zip(values.items(), COLOURS)]
-        parts.append(chart(10 + 420 * (k % 2), 25 + 225 * (k // 2), title, "step", "", series, 410, 215))
-    return svg(850, 480, parts)
-
-
-def matrix(rows: list[str], x: float, y: float, width: float, height: float) -> str:
-    """A mask as one path of kept blocks over a pruned background."""
-    h, w = height / len(rows), width / len(rows[0])
-    path = "".join(f"M{x + run.start() * w:.2f} {y + i * h:.2f}h{len(run[0]) * w:.2f}v{h:.2f}h{-len(run[0]) * w:.2f}z"
-                   for i, row in enumerate(rows) for run in re.finditer("1+", row))
-    return f'<rect class="p" x="{x}" y="{y}" width="{width}" height="{height}"/><path class="k" d="{path}"/>'
-
-
-def masks_picture(run: str) -> str:
-    """Every weight matrix of every layer, kept and pruned, heads delimited (cf. figure 1 of the paper)."""
-    layers, r = read(run, "hybrid-compact", "masks.json"), read(run, "hybrid", "results.json")
-    size, heads = 96, read(run, "teacher", "results.json")["heads"][0]
-    parts = [f'<text x="10" y="18">Masks of Hybrid 32x32 on MiniLM, {r["data"]["name"]} ({r["data"]["train_questions"]:,} '
-             f'questions): kept (blue) and pruned weights, {100 * r["density"]:.0f} % kept. White lines: heads.</text>']
-    for column, name in enumerate(("query", "key", "value", "out", "fc1 (transposed)", "fc2")):
-        parts.append(f'<text x="{64 + column * (size + 14) + (column > 4) * 60}" y="40">{name}</text>')
-    for i, layer in layers.items():
-        y = 50 + int(i) * (size + 12)
-        parts.append(f'<text x="10" y="{y + size / 2}">layer {i}</text>')
-        for column, name in enumerate(("query", "key", "value", "out")):
-            x = 64 + column * (size + 14)
-            parts.append(matrix(layer[name], x, y, size, size))
-            step = size / heads
-            lines = "".join(f"M{x} {y + k * step}h{size}" if name != "out" else f"M{x + k * step} {y}v{size}"
-                            for k in range(1, heads))
-            parts.append(f'<path class="h" stroke-width="0.7" d="{lines}"/>')
-        x = 64 + 4 * (size + 14)
-        parts.append(matrix(["".join(layer["fc1"])], x, y, 156, size))
-        parts.append(matrix(layer["fc2"], x + 170, y, 156, size))
-    height = 60 + len(layers) * (size + 12)
-    return svg(850, height, parts)
-
-
 def main() -> int:
     parts = generated()
     pages = {path: page(path, parts) for path in (ROOT / "README.md", HERE / "README.md")}
@@ -537,12 +410,21 @@ def main() -> int:
         return len(stale)
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
+
+    # Pictures of the runs: of the headline, and of those whose pruned model is called hybrid.
+    drawn = [HEADLINE]
     for path in HERE.glob("*/hybrid-compact/masks.json"):
-        run = path.parent.parent.name
-        (HERE / f"masks-{run}.svg").write_text(masks_picture(run), encoding="utf-8")
-        (HERE / f"run-{run}.svg").write_text(run_picture(run), encoding="utf-8")
-    (HERE / "curves.svg").write_text(curves_picture(), encoding="utf-8")
-    (HERE / "layers.svg").write_text(layers_picture(), encoding="utf-8")
+        drawn.append((path.parent.parent.name, "hybrid"))
+    for run, pruned in drawn:
+        (HERE / f"masks-{run}.svg").write_text(masks_picture(run, pruned), encoding="utf-8")
+        (HERE / f"run-{run}.svg").write_text(run_picture(run, pruned), encoding="utf-8")
+
+    # Pictures of the sweep.
+    points = sweep()
+    dense = read("sweep", "teacher", "results.json")
+    curves = curves_picture(points, dense, read("paper.json"))
+    (HERE / "curves.svg").write_text(curves, encoding="utf-8")
+    (HERE / "layers.svg").write_text(layers_picture(points, dense), encoding="utf-8")
     return 0
 
 
