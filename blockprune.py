@@ -114,6 +114,7 @@ class BlockMask(nn.Module):
         self.grid = (rows, columns)
         self.kind = kind
         self.scores_are_given = scores is not None
+        # At the start every block is kept: σ(0) is 0.5.
         if scores is None:
             scores = nn.Parameter(torch.zeros(rows, columns, dtype=_score_dtype()))
         _check_scores(scores, self.grid)
@@ -197,8 +198,8 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
     """Put a block mask on one weight of a module, and on the bias that goes with it.
 
     From here on `module.weight` is W ⊙ M(S), and W itself is at
-    `module.parametrizations.weight.original`. The module knows nothing of it: any will do that reads
-    its weight as an attribute, such as nn.Linear, nn.Conv2d or nn.MultiheadAttention.
+    `module.parametrizations.weight.original`. The module knows nothing of it: any will do that
+    reads its weight as an attribute, such as nn.Linear, nn.Conv2d or nn.MultiheadAttention.
 
     block: (r, c), a tile of the weight as it is stored.
     weight, bias: the names of the two parameters. A bias that is absent or None is skipped, and
@@ -311,11 +312,14 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
         tensors[id(mask.scores)] = mask.scores
     if not scores_by_kind:
         raise ValueError("the model has no masks")
-    weights = weights or {}
+    if weights is None:
+        weights = {}
+    # A misspelt kind would change nothing, in silence.
     for kind in weights:
         if kind not in scores_by_kind:
             raise ValueError(f"no mask is of the kind {kind!r}: there are {sorted(scores_by_kind)}")
 
+    # λ_kind · the mean of a kind; and the mean of these.
     total = 0.0
     for kind, tensors in scores_by_kind.items():
         # The mean over a kind's score tensors, each of which is a mean over its blocks.
@@ -371,6 +375,8 @@ def density(model: nn.Module) -> Dict[str, float]:
     kept: Dict[str, float] = {}
     size: Dict[str, int] = {}
     for mask in masks(model):
+        # Where a block spans a whole dimension the mask has length 1 there: each entry counts R or
+        # C times.
         kept_here = mask.weight_mask().expand(mask.shape).sum().item()
         for kind in (mask.kind, "all"):
             kept[kind] = kept.get(kind, 0) + kept_here
@@ -397,6 +403,7 @@ def bake(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if not parametrize.is_parametrized(module):
             continue
+        # Are its parametrizations masks of ours? weight_norm and its like are not.
         ours = []
         for chain in module.parametrizations.values():
             for parametrization in chain:
@@ -463,6 +470,7 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
     if value.bias is not None:
         constant = O[:, ~kept_rows] @ value.bias.double()[~kept_rows]
         _add_to_bias(out, constant)                             # (E,)
+    # The rows of the removed heads go, and their columns of O.
     for linear in (query, key, value):
         _keep_outputs(linear, kept_rows)
     _keep_inputs(out, kept_rows)
@@ -497,6 +505,7 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
     b1 = _bias_or_zeros(fc1)                                    # (F,)
     # A dimension is needed where its activation varies, and its column of W2 has something in it.
     varies = fc1_varies = (W1 != 0).any(dim=1)                  # (F,)
+    # A product varies where one of its factors does, unless the other is 0 for certain.
     if gate is not None:
         b_gate = _bias_or_zeros(gate)
         gate_varies = (gate.weight != 0).any(dim=1)
@@ -511,6 +520,7 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
         activation = act(b_gate[~kept]) * b1[~kept]
     constant = W2[:, ~kept] @ activation                        # (out,)
     _add_to_bias(fc2, constant)
+    # Rows of fc1 and of the gate go, and the columns of fc2 that read them.
     _keep_outputs(fc1, kept)
     if gate is not None:
         _keep_outputs(gate, kept)
@@ -567,6 +577,7 @@ def _at_least_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     """
     def exact_fn(tensor: Tensor) -> Tensor:
         converted = fn(tensor)
+        # Of fp16 and bf16 only the move to the device is taken.
         if converted.is_floating_point() and converted.element_size() < 4:
             return tensor.to(converted.device, torch.float32)
         return converted
@@ -592,7 +603,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _stores_in_out(module: nn.Module, W: Tensor) -> bool:
-    """Whether the weight is known to be (in, out): of transposed convolutions, of GPT-2's Conv1D."""
+    """Whether the weight is known to be (in, out): a transposed convolution's, GPT-2's Conv1D's."""
     if isinstance(module, TRANSPOSED):
         return True
     class_names = [cls.__name__ for cls in type(module).__mro__]
@@ -611,6 +622,7 @@ def _check_output_dim(module: nn.Module, W: Tensor, output_dim: Optional[int]) -
 
 
 def _check_maskable(module: nn.Module, weight: str, bias: str, output_dim: Optional[int]) -> None:
+    # Can this weight have a mask?
     W = getattr(module, weight)
     b = getattr(module, bias, None)
     if parametrize.is_parametrized(module, weight):
@@ -619,6 +631,7 @@ def _check_maskable(module: nn.Module, weight: str, bias: str, output_dim: Optio
         raise ValueError(f"a weight of two and more dimensions is expected, not {tuple(W.shape)}")
     if b is None:
         return
+    # Does the bias go with the dimension that is said to hold the outputs?
     _check_output_dim(module, W, output_dim)
     output_dim = output_dim or 0
     if len(b) != W.flatten(1).shape[output_dim]:
@@ -686,6 +699,7 @@ def _warn_if_nothing_is_pruned(model: nn.Module) -> None:
     highest = []
     pruned = False
     for mask in masks(model):
+        # On the meta device there are no numbers to look at.
         if mask.scores.is_meta:
             return
         thresholds.append(mask.threshold.item())
@@ -713,6 +727,7 @@ def _check_plain_linears(*linears: nn.Module) -> None:
 def _check_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear,
                  head_size: int) -> None:
     _check_plain_linears(query, key, value, out)
+    # The same rows of query, key and value are one head, and the same columns of out.
     inner = out.in_features
     for linear in (query, key, value):
         if linear.out_features != inner:
@@ -741,8 +756,9 @@ def _check_gate(gate: nn.Module, F: int) -> None:
 def _check_act(act: Callable[[Tensor], Tensor], device: torch.device) -> None:
     """act of some numbers must be act of each by itself: else no dimension can be taken out."""
     values = torch.tensor([-3, -1.5, -0.5, 0, 0.25, 1, 2, 6], dtype=torch.float64, device=device)
+    # Eight numbers at once, and each by itself: is it the same?
     try:
-        together = act(values.clone())                      # a clone, since act may work in place
+        together = act(values.clone())      # a clone, since act may work in place
         apart = torch.stack([act(value.clone().view(1)) for value in values])
         fits = together.shape == values.shape and apart.shape == (len(values), 1)
         fits = fits and torch.allclose(together, apart[:, 0], rtol=1e-4, atol=1e-6, equal_nan=True)
@@ -750,4 +766,5 @@ def _check_act(act: Callable[[Tensor], Tensor], device: torch.device) -> None:
         raise ValueError(f"act does not take single numbers of fp64: {error}") from error
     if not fits:
         raise ValueError("act is expected to work on single numbers, but act of eight numbers is "
-                         "not act of each: softmax, norms, GLU and dropout in training cannot be cut")
+                         "not act of each: softmax, norms, GLU and dropout in training cannot be "
+                         "cut")

@@ -9,8 +9,8 @@
   torchrun --nproc_per_node=2 train_squad.py …                    a training, in two processes
 
 In this order: settings; the method on BERT, which is masks, loss, schedules, loop; then what any
-fine-tuning needs: data, answers, run folders, command line. Differs: in the paper pruning starts from
-the pretrained model (--init WEIGHTS); at small scale it does better from the teacher.
+fine-tuning needs: data, answers, run folders, command line. Differs: in the paper pruning starts
+from the pretrained model (--init WEIGHTS); at small scale it does better from the teacher.
 After Lagunas et al. 2021 and its code, huggingface/nn_pruning at 0cef2b2, cited as [R:file].
 
     B batch   T tokens   E hidden size   D head size   S scores   τ threshold   λ weight of penalty
@@ -194,7 +194,10 @@ def threshold_at(step: int, config: Config, total: int, warmup: int) -> float:
 
 
 def lambda_at(step: int, config: Config, total: int, warmup: int) -> float:
-    """λ of a step. Paper: it follows τ. Note: while nothing can be pruned, nothing is pushed down."""
+    """λ of a step. Paper: it follows τ.
+
+    Note: so, while nothing can be pruned yet, nothing is pushed down.
+    """
     return config.final_lambda * threshold_at(step, config, total, warmup) / config.threshold
 
 
@@ -202,8 +205,8 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
           features: "Features", config: Config) -> float:
     """Ordinary fine-tuning; what stands under `if pruning:` is all that pruning adds to the loop.
 
-    Goes on from the checkpoint in the run folder, if there is one. Returns the seconds it took, with
-    those of earlier parts of the run. Raises ValueError where the loss is no longer a number.
+    Goes on from the checkpoint in the run folder, if there is one. Returns the seconds it took,
+    with those of earlier parts of the run. Raises ValueError where the loss is no longer a number.
     """
     out = Path(config.out)
     pruning = config.method != "dense"
@@ -265,6 +268,7 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         stop_if_not_finite(loss, norm, step, out)
+        # One learning-rate schedule for weights and scores, each from a peak of its own.
         factor = learning_rate_factor(step, total, warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -296,15 +300,15 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
 def prepare(model: BertForQuestionAnswering, config: Config) -> torch.optim.AdamW:
     """Move the model to its device, and make its optimiser.
 
-    # Differs: the reference has transformers' AdamW, with ε before the bias correction. Where a
+    Differs: the reference has transformers' AdamW, with ε before the bias correction. Where a
     # gradient is 1e-6 its first step is 0.77 of torch's; after 5,400 steps the two are equal.
     """
     for layer in model.bert.layers:
         layer.attention.dropout = config.attention_dropout
     model.to(config.device)
     groups = blockprune.parameter_groups(model, config.lr, config.score_lr, config.weight_decay)
+    # Weights and scores have a learning rate each; the schedule scales both alike.
     for group in groups:
-        # Weights and scores have a learning rate each; the schedule scales both alike.
         group["peak_lr"] = group["lr"]
     return torch.optim.AdamW(groups, fused=True)
 
@@ -331,8 +335,8 @@ def plan(config: Config, windows: int) -> tuple[int, int]:
     needed = 0.8 - pruned_at
     if furthest < needed:
         raise ValueError(f"nothing could be pruned: in {total} steps scores fall to about "
-                         f"-{furthest:.2f}, and a block goes at {pruned_at:.2f}; reach -{needed:.2f} "
-                         "with more --epochs or a higher --score-lr")
+                         f"-{furthest:.2f}, and a block goes at {pruned_at:.2f}; reach "
+                         f"-{needed:.2f} with more --epochs or a higher --score-lr")
     return total, warmup
 
 
@@ -340,8 +344,8 @@ def stop_if_not_finite(loss: torch.Tensor, norm: torch.Tensor, step: int, out: P
     if math.isfinite(loss.item()) and math.isfinite(norm.item()):
         return
     raise ValueError(f"{out}: stopped at step {step}: loss {loss.item():.3g}, gradient norm "
-                     f"{norm:.3g}. A checkpoint, if any, is of an earlier step. Try a lower --lr, or "
-                     "--precision fp32")
+                     f"{norm:.3g}. A checkpoint, if any, is of an earlier step. Try a lower --lr, "
+                     "or --precision fp32")
 
 
 @torch.no_grad()
@@ -358,6 +362,7 @@ def ask_teacher(teacher: BertForQuestionAnswering, features: "Features",
         for windows in evaluation_batches(features.lengths, config.device):
             batch = features.batch(windows, config.device)
             start, end = teacher(batch["ids"], batch["types"], batch["real"])
+            # A batch is as long as its longest window. What is to the right of it stays 0.
             logits[windows, :, :start.shape[1]] = torch.stack([start, end], dim=1).float()
     teacher.cpu()
     return logits
@@ -365,12 +370,12 @@ def ask_teacher(teacher: BertForQuestionAnswering, features: "Features",
 
 @torch.no_grad()
 def refill(model: BertForQuestionAnswering) -> None:
-    """Paper: Hybrid Filled. Exact zeros of a compacted model get small noise, then it is fine-tuned.
+    """Paper: Hybrid Filled. Exact zeros of a compacted model get small noise, then fine-tuning.
 
         0  ↦  N(0, 1) · 0.01 · std(W) + mean(W), over the whole tensor W
 
     A point of zeros has poor gradients. Source: [R:sparse_xp.py], unzero_parameters.
-    # Differs: where W is all zeros, std(W) is a fresh weight's: with Q and K at 0 neither learns.
+    Differs: where W is all zeros, std(W) is a fresh weight's: with Q and K at 0 neither learns.
     """
     for name, parameter in model.named_parameters():
         # Biases stay as they are, and so does what has no spread.
@@ -379,6 +384,7 @@ def refill(model: BertForQuestionAnswering) -> None:
         std = model.config.initializer_range
         if parameter.any():
             std = parameter.std()
+        # Drawn for the whole tensor, used where it is 0.
         noise = torch.randn_like(parameter) * 0.01 * std + parameter.mean()
         parameter.copy_(torch.where(parameter == 0, noise, parameter))
 
@@ -426,6 +432,7 @@ def settle(config: Config) -> Config:
         c.data = BUILTIN
         write_builtin(c.data)
     c.device = pick_device(c.device)
+    # The corpus that is made up is easy: it needs few steps.
     if c.preset is None:
         c.preset = "builtin" if is_builtin(c.data) else "small"
 
@@ -449,6 +456,7 @@ def preset_values(config: Config) -> dict:
     if config.preset == "paper":
         values.update(attention_dropout=0.1, precision="fp32")
         values.update(PAPER_LAMBDAS.get(config.method, {}))
+    # Epochs and learning rates are those of the stage.
     stage = "prune"
     if config.fill:
         stage = "fill"
@@ -516,6 +524,7 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None,
     """
     path = Path(folder, name)
     raw = read_bytes(path)
+    # Lists in lists that never end are a RecursionError.
     try:
         tree = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -532,11 +541,13 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None,
             value.encode()      # ValueError where half a surrogate pair is in it
         return value
 
+    # {"data": [{"paragraphs": [{"context": …, "qas": [{"id", "question", "answers"}, …]}, …]}, …]}
     for a, article in enumerate(get(tree, "data", list, "the file")):
         for p, paragraph in enumerate(get(article, "paragraphs", list, f"data[{a}]")):
             where = f"data[{a}].paragraphs[{p}]"
             for q, qa in enumerate(get(paragraph, "qas", list, where)):
                 where_asked = f"{where}.qas[{q}]"
+                # Its answers, each with its offset in the passage. Dev questions have several.
                 answers = []
                 for answer in get(qa, "answers", list, where_asked):
                     text = get(answer, "text", str, f"{where_asked}.answers")
@@ -558,6 +569,7 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None,
             squad.passages.append(get(paragraph, "context", str, where))
     if not squad.questions:
         raise ValueError(f"{path}: no question in it")
+    # A smaller limit takes the first of those that a larger one takes.
     if limit is not None:
         random.Random(seed).shuffle(squad.questions)
         del squad.questions[limit:]
@@ -574,8 +586,9 @@ def read_bytes(path: Path) -> bytes:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent}: neither {path.name} nor {path.name}.xz is "
                                 "there") from None
+    # Some Pythons are built without lzma: they can do all but this.
     try:
-        import lzma     # here, since some Pythons are built without it
+        import lzma
     except ImportError:
         raise ValueError(f"{packed}: this Python cannot read .xz; unpack it with xz -d") from None
     try:
@@ -590,7 +603,8 @@ def read_bytes(path: Path) -> bytes:
 def word_pieces(tokenizer, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each text: ids, (n,), and the characters [begin, end) that each stands for, (n, 2)."""
     found = []
-    for first in range(0, len(texts), 1000):    # encode_batch works on all cores
+    # encode_batch() works on all cores. A thousand texts at a time need little memory.
+    for first in range(0, len(texts), 1000):
         for encoding in tokenizer.encode_batch(texts[first:first + 1000], add_special_tokens=False):
             ids = np.array(encoding.ids, np.int32)
             characters = np.array(encoding.offsets, np.int32).reshape(-1, 2)
@@ -604,6 +618,7 @@ def answer_span(passage: str, characters: np.ndarray, text: str,
     end = start + len(text)
     if start < 0 or passage[start:end] != text:
         return None
+    # The first word piece that ends after `start`, and the last one that begins before `end`.
     first = int(np.searchsorted(characters[:, 1], start, side="right"))
     last = int(np.searchsorted(characters[:, 0], end, side="left")) - 1
     if first > last:
@@ -638,12 +653,14 @@ class Features:
         rows = []
         for q, (_, _, p, answers) in enumerate(squad.questions):
             characters = self.passages[p][1]
+            # Where is the answer? To train on a question whose answer is not there makes no sense.
             span = None
             if training and answers:
                 span = answer_span(squad.passages[p], characters, *answers[0])
                 if span is None:
                     self.skipped += 1
                     continue
+            # How many word pieces of the question are used?
             asked = len(self.questions[q][0])
             if asked > config.max_question:
                 self.cut += 1
@@ -658,10 +675,12 @@ class Features:
     def windows(q: int, asked: int, pieces: int, span: tuple[int, int] | None,
                 config: Config) -> list:
         """The rows of one question of `asked` word pieces, on a passage of `pieces`."""
+        # [CLS] and two [SEP] take three places; the passage has the rest.
         room = config.max_length - 3 - asked
         rows = []
         for first in range(0, max(1, pieces - config.stride), room - config.stride):
             count = min(room, pieces - first)
+            # Is the whole answer in this window? If not, the window's label is [CLS].
             start = end = 0
             if span is not None and first <= span[0] and span[1] < first + count:
                 shift = asked + 2 - first       # from word pieces of the passage to positions
@@ -685,6 +704,7 @@ class Features:
         types = np.zeros((B, T), np.int64)
         real = np.zeros((B, T), bool)
         context = np.zeros((B, T), bool)
+        # [CLS] question [SEP] passage [SEP] padding. Types: 0 up to the first [SEP], then 1.
         for b, (q, asked, first, count, _, _) in enumerate(self.rows[windows]):
             passage = asked + 2                 # where it begins
             length = asked + count + 3
@@ -712,14 +732,16 @@ class Features:
 def training_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """All windows in random batches of like lengths: sorted within random pools of 50 batches.
 
-    # Differs: the reference pads every window to 384, whatever is beside it.
+    Differs: the reference pads every window to 384, whatever is beside it.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
+    # Within a pool windows are sorted by length, so that neighbours need little padding.
     sorted_pools = []
     for pool in np.split(order, range(50 * size, len(order), 50 * size)):
         by_length = np.argsort(lengths[pool], kind="stable")
         sorted_pools.append(pool[by_length])
+    # Neighbours make a batch, and batches come in random order.
     order = np.concatenate(sorted_pools)
     batches = np.split(order, range(size, len(order), size))
     return [batches[i] for i in rng.permutation(len(batches))]
@@ -738,12 +760,14 @@ def batches_from(step: int, lengths: np.ndarray, config: Config) -> typing.Itera
 
 def evaluation_batches(lengths: np.ndarray, device: str) -> list[np.ndarray]:
     """All windows in order of length, in batches of at most so many tokens, padding counted."""
-    tokens = 2048       # Note: what a layer makes of 2,048 tokens stays in a CPU's cache
+    # Note: what a layer makes of 2,048 tokens stays in a CPU's cache.
+    tokens = 2048
     if device != "cpu":
         tokens = 65536
     order = np.argsort(lengths, kind="stable")
     cuts = [0]
     for i in range(1, len(order)):
+        # With this window, which is the longest so far, is the batch too large?
         rows = i + 1 - cuts[-1]
         if rows * lengths[order[i]] > tokens:
             cuts.append(i)
@@ -758,7 +782,7 @@ def best_spans(start: torch.Tensor, end: torch.Tensor, context: torch.Tensor, lo
 
     start, end: logits, (B, T). context: where the passage is, (B, T): spans lie within it. Returns
     the span's score, i and j, each (B,); the score is −∞ where there is no passage.
-    # Differs: over all pairs; the reference looks at pairs of the 20 best starts and 20 best ends.
+    Differs: over all pairs; the reference looks at pairs of the 20 best starts and 20 best ends.
     """
     B, T = start.shape
     start = start.float().masked_fill(~context, -math.inf)
@@ -786,6 +810,7 @@ def predict(model: BertForQuestionAnswering, features: Features,
     null_threshold over the best span's.
     """
     model.eval().to(config.device)
+    # By question: the best span so far, text and score, and the least score of "no answer".
     best = {}
     null_scores = {}
     for question_id, _, _, _ in features.squad.questions:
@@ -800,6 +825,7 @@ def predict(model: BertForQuestionAnswering, features: Features,
             spans = best_spans(start, end, batch["context"], config.max_answer)
             span_scores, first, last = (column.tolist() for column in spans)
             cls_scores = (start[:, 0] + end[:, 0]).tolist()
+            # A question's windows may lie in several batches.
             for b, window in enumerate(windows):
                 q = features.rows[window, 0]
                 question_id = features.squad.questions[q][0]
@@ -826,6 +852,7 @@ def token_f1(prediction: str, truth: str, v2: bool = False) -> float:
     true = normalize_answer(truth).split()
     if v2 and not (predicted and true):
         return float(predicted == true)
+    # A word that stands twice in both counts twice. 2 P R / (P + R) is 2 shared / (both together).
     shared = collections.Counter(predicted) & collections.Counter(true)
     return 2 * shared.total() / max(1, len(predicted) + len(true))
 
@@ -846,6 +873,8 @@ def question_scores(predictions: dict[str, str],
                 scores[question_id] = (0.0, 0.0)
             continue
         prediction = predictions[question_id]
+        # v2: an answer of which normalisation leaves nothing does not count; if none is left, the
+        # right answer is none.
         if v2:
             answers = [answer for answer in answers if normalize_answer(answer)] or [""]
         exact = any(normalize_answer(prediction) == normalize_answer(answer) for answer in answers)
@@ -910,6 +939,7 @@ def device_works(device: str) -> bool:
         return False
     if device == "mps" and not torch.backends.mps.is_available():
         return False
+    # A GPU that is too old or too new for this torch is there, but computes nothing.
     try:
         torch.ones(2, device=device).sum().item()
     except RuntimeError as error:
@@ -930,7 +960,10 @@ def multiplies_in_bf16(device: str) -> bool:
 
 
 def autocast(config: Config):
-    """Products in bf16, if config says so. Around a loop without gradients weights are cast once."""
+    """Compute products in bf16, if config says so.
+
+    Around a whole loop without gradients, weights are cast once and not for each batch.
+    """
     return torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16")
 
 
@@ -980,6 +1013,7 @@ def mean_over_processes(numbers: list[float]) -> list[float]:
 
 def report(out: Path, line: dict, total: int, config: Config) -> None:
     """Append a line to log.jsonl, and print its main numbers. Losses: means over processes."""
+    # Every process has to take part in the mean; one of them writes.
     names = ("loss", "ce", "kd")
     means = mean_over_processes([line[name] for name in names])
     line.update(zip(names, means))
@@ -1001,6 +1035,7 @@ def report(out: Path, line: dict, total: int, config: Config) -> None:
 
 def save_checkpoint(path: Path, model, optimizer, device: str, step: int, seconds: float) -> None:
     """All that a run needs to go on to the same bits, under a temporary name until it is whole."""
+    # Dropout draws from the generator of the device that the model is on.
     random_states = {"cpu": torch.get_rng_state()}
     if device != "cpu":
         random_states[device] = torch.get_device_module(device).get_rng_state()
@@ -1024,6 +1059,7 @@ def restore(path: Path, model, optimizer, device: str, total: int) -> tuple[int,
                 damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"{damaged} is not what was written")
+            # All of it is looked at before a word of it is believed.
             state = torch.load(path, map_location="cpu", weights_only=True)
             step = state["step"]
             seconds = state["seconds"]
@@ -1052,6 +1088,7 @@ def cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
+    # A line without an end was being written when the process died.
     try:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
@@ -1073,12 +1110,14 @@ def save_pruning(model: BertForQuestionAnswering, folder: str | Path, tokenizer_
     config.json are what load_pruning() needs beside it; "shared" says, for other readers, which
     scores are another mask's.
     """
-    parameters = dict(model.named_parameters())         # shared ones once, under their first name
+    # Of scores that masks share there is one, under its first name; where else is it?
+    parameters = dict(model.named_parameters())
     first_name = {id(parameter): name for name, parameter in parameters.items()}
     shared = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in parameters:
             shared[name] = first_name[id(parameter)]
+    # W ⊙ M(S) as an ordinary model, for everybody; W, b and S beside it, to go on pruning.
     pruning = dict(method=method, block=block, threshold=threshold, shared=shared)
     save_model(model, folder, tokenizer_from, pruning=pruning)
     of_masks = {name: p for name, p in parameters.items() if "parametrizations" in name}
@@ -1093,6 +1132,7 @@ def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
         return model
     add_masks(model, pruning["method"], pruning["block"])
     blockprune.set_threshold(model, pruning["threshold"])
+    # Every W, b and S of the masks is in the file, of its shape, and nothing else is.
     saved = read_safetensors(Path(folder, "pruning.safetensors"))
     of_masks = {name: p for name, p in model.named_parameters() if "parametrizations" in name}
     saved_shapes = {name: tensor.shape for name, tensor in saved.items()}
@@ -1117,6 +1157,7 @@ def write_results(folder: str | Path, config: Config, training: Squad | None, de
         train_questions = len(training.questions)
     data = dict(name=Path(config.data).name, sha256=of_data, train_questions=train_questions,
                 dev_questions=len(dev.questions))
+    # By these scored() sees whether the model beside the results is still the one they are of.
     sha256 = folder_sha256(folder)
     results = dict(data=data, seed=config.seed, precision=config.precision,
                    weights_sha256=sha256["model.safetensors"], files_sha256=sha256, **values)
@@ -1166,11 +1207,13 @@ def contents_of(part: str, folder: str | Path) -> dict[str, str | None]:
 def held(out: Path):
     """Keep other processes from a run folder; ValueError if one has it."""
     out.mkdir(parents=True, exist_ok=True)
+    # Windows has no fcntl: there is no lock there.
     try:
-        import fcntl    # here, since Windows has none: there is no lock there
+        import fcntl
     except ImportError:
         yield
         return
+    # The lock is on the folder itself, and goes with the process, however that ends.
     folder = os.open(out, os.O_RDONLY)
     try:
         try:
@@ -1218,6 +1261,7 @@ def claim(config: Config, contents: dict, command: str, compacted: Path | None =
                 raise ValueError(f"{out} holds a run of other settings: {', '.join(changed)}. Use "
                                  "another --out")
 
+    # It is a new run, or the same one before anything came of it.
     run_json = dict(settings=vars(config), contents=contents, command=command,
                     processes=processes(config.device)[1], **surroundings(config.device))
     if compacted is not None:
@@ -1291,7 +1335,8 @@ def run(config: Config, command: str) -> None:
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
-    # What it starts from: questions, tokenizer, model and teacher.
+    # What it starts from: questions, tokenizer, model and teacher. All is read, and refused where
+    # it does not fit, before the run folder is touched.
     training = read_squad(config.data, file_name("train", config.v2), config.questions, config.seed)
     # Scored on the same dev questions whatever the seed.
     dev = read_squad(config.data, file_name("dev", config.v2), config.dev_questions)
@@ -1308,9 +1353,10 @@ def run(config: Config, command: str) -> None:
     if config.fill:
         refill(model)
     if config.method != "dense":
-        plan(config, len(features))     # before the folder is claimed: it may refuse
+        plan(config, len(features))     # which refuses a run too short to prune anything
         add_masks(model, config.method, config.block)
 
+    # Is the folder free, or ours, or finished? The contents tell one run from another.
     contents = {"contents of data": training.sha256, "contents of dev": dev.sha256,
                 **contents_of("init", config.init), **contents_of("teacher", config.teacher)}
 
@@ -1324,7 +1370,10 @@ def run(config: Config, command: str) -> None:
             return
         print(f"{out}: {len(training.questions)} questions of {data_name(config)} in "
               f"{len(features)} windows, {config.device}, {config.precision}; "
-              f"{features.skipped} skipped (no answer at its offset), {features.cut} cut (too long)")
+              f"{features.skipped} skipped (no answer at its offset), "
+              f"{features.cut} cut (too long)")
+
+        # Train, save, read back, score.
         seconds = train(model, teacher, features, config)
         if rank > 0:
             return
@@ -1361,6 +1410,7 @@ def ask(folder: str, config: Config) -> None:
     """Answer questions from the terminal, a line each: the best span, its score, its time."""
     model = load_model(folder)
     tokenizer = load_tokenizer(folder)
+    # Windows as long as the model takes, with a third of it shared and a sixth for the question.
     longest = min(config.max_length, model.config.max_position_embeddings)
     config = settle(dataclasses.replace(
         config, max_length=longest, stride=min(config.stride, longest // 3),
@@ -1392,6 +1442,7 @@ def line_from_terminal(prompt: str) -> str:
 
 def score_file(predictions_file: str, dev_file: str) -> None:
     """Print EM and F1 of a file of predictions, as the official scorers do."""
+    # The file may be named with or without its .xz.
     dev_path = Path(dev_file.removesuffix(".xz"))
     truths = read_squad(dev_path.parent, dev_path.name).truths()
     predictions = read_json(predictions_file)
@@ -1523,13 +1574,16 @@ def builtin_corpus(passages: int, seed: int, relations: int = 2) -> dict:
     rng = random.Random(seed)
     paragraphs = []
     for p in range(passages):
+        # Two people, no name of one being a name of the other.
         first_names = rng.sample(FIRST_NAMES.split(), 2)
         last_names = rng.sample(LAST_NAMES.split(), 2)
         people = [f"{first} {last}" for first, last in zip(first_names, last_names)]
+        # Facts of both of them, with different values.
         told = []
         for fact in rng.sample(list(FACTS), relations):
             values = rng.sample(FACTS[fact][1].split(), 2)      # one for each of the two people
             told.append((fact, values))
+        # A sentence for each person and fact, and a question about it.
         context = ""
         qas = []
         for i, person in enumerate(people):
