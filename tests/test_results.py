@@ -21,7 +21,7 @@ def test_works_take_turns_after_one_call_that_does_not_count(monkeypatch):
             calls.append((name, turn))
             now[0] += durations.pop(0)
         return call
-    times = bench.take_turns(work("a", [99, 1, 2, 6]), work("b", [88, 4, 3, 5]), turns=3)
+    times = bench.take_turns([work("a", [99, 1, 2, 6]), work("b", [88, 4, 3, 5])], turns=3)
     assert times == [pytest.approx([1, 2, 6]), pytest.approx([4, 3, 5])]
     assert calls == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert bench.spread([1, 2, 6]) == 2.5       # (6 − 1) / 2
@@ -41,16 +41,16 @@ def test_a_forward_row_is_a_ratio_of_medians_or_its_share_of_the_flops(monkeypat
     half = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=8, heads=[4], ffn=[0])
     assert [bench.flops(c, 4) for c in (full, half)] == [2688, 1408]
     monkeypatch.setattr(bench, "benchmark", lambda *_: [[30, 28, 90], [20, 21, 10]])
-    whole = bench.forward("6", "x", full, half, 2, 4, "fp32", 1.4)
-    share = bench.forward("5", "x", full, half, 2, 4, "fp32", 0.85, of_flops=True)
+    whole = bench.forward("6", "x", full, half, 2, 4, "fp32", 1.4, 3)
+    share = bench.forward("5", "x", full, half, 2, 4, "fp32", 0.85, 3, of_flops=True)
     assert (whole["baseline"], whole["ours"], whole["ratio"], whole["spread"]) == (30, 20, 1.5, 0.55) and whole["met"]
     assert share["ratio"] == pytest.approx(1.5 / (2688 / 1408)) and not share["met"]
 
 
 def test_the_headline_is_the_papers_model_and_the_table_says_what_was_not_measured(tmp_path):
-    linear = sum(4 * 768 * 64 * heads + 2 * 768 * width for heads, width in zip(*bench.HEADLINE.values()))
+    linear = sum(4 * 768 * 64 * heads + 2 * 768 * width for heads, width in zip(bench.HEADLINE.heads, bench.HEADLINE.ffn))
     assert linear == 22_248_960
-    rows = [bench.row("7", "all", None, 6.8, "s", 6.8, 60, at_most=True), bench.not_here("1", "training", 8),
+    rows = [bench.row("7", "all", None, 6.8, "s", 6.8, 60, at_most=True), bench.not_here("1", "training", bench.NO_BF16),
             bench.row("2", "fp32", 5.0, 15.0, "examples/s", 3.0, 3.5, 0.1)]
     bench.ts.write_json(tmp_path / "bench-x.json", dict(rows=rows, command="c", device="d", threads=2, torch="t", data="squad"))
     lines = figures.speed(tmp_path / "bench-x.json").splitlines()
