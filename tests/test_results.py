@@ -65,7 +65,7 @@ def test_the_sweep_runs_each_point_from_one_teacher_and_keeps_its_small_files(tm
     """The commands are only written down; each --out gets files as the real one would."""
     calls = []
 
-    def run(script, *arguments):
+    def run(script, arguments):
         calls.append((script, *map(str, arguments)))
         if "--out" in calls[-1]:
             out = Path(calls[-1][calls[-1].index("--out") + 1])
