@@ -76,11 +76,11 @@ def row(goal: str, what: str, baseline: float | None, ours: float | None, unit: 
         if at_most:
             met = bool(ratio <= wanted)
 
-    text = f"{goal:3} {what}:"
+    text = f"{goal:3} {what}"
     if baseline is not None:
-        text += f" {baseline:.4g} ->"
-    if ours is not None:
-        text += f" {ours:.4g} {unit}"
+        text += f": {baseline:.4g} -> {ours:.4g} {unit}"
+    elif ours is not None:
+        text += f": {ours:.4g} {unit}"
     if ratio is not None:
         text += f", ratio {ratio:.3f}"
     if wanted is not None:
