@@ -1,6 +1,6 @@
-"""Writes the tables of README.md and results/README.md, and the pictures beside it, from the runs here.
+"""Writes the tables of README.md and results/README.md, and the pictures, from the runs here.
 
-    python results/figures.py           (make figure)
+    python results/figures.py           write all (make figure)
     python results/figures.py --check   exit 1 if one of the two pages is not what would be written
 
 A run is a folder of model folders (results.json, run.json, log.jsonl, f1.json, masks.json), as
@@ -46,18 +46,32 @@ def filled_name(pruned: str) -> str:
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    """A table, its columns named in the first line."""
+    ruler = "|" + "---|" * len(columns)
+    lines = ["| " + " | ".join(columns) + " |", ruler]
     for row in rows:
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    """A share as the tables have it; millions() and times() are the same for sizes and speeds."""
+    return f"{100 * share:.1f} %"
+
+
+def millions(number: float) -> str:
+    return f"{number / 1e6:.2f} M"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f} x"
 
 
 def link(title: str, *parts: str) -> str:
     return f"[{title}](results/{'/'.join(parts)}/results.json)"
 
 
-# ------------------------------------------------------------------------------------ tables of a run
+# ---------------------------------------------------------------------------------- tables of a run
 
 
 def headline() -> str:
@@ -72,9 +86,15 @@ def headline() -> str:
     rows = []
     for title, name in models.items():
         r = read(run, name, "results.json")
-        rows.append([link(title, run, name), f"{r['f1']:.2f}", f"{r['exact_match']:.2f}",
-                     f"{100 * r['density']:.1f} %", f"{r['parameters']['total'] / 1e6:.1f} M",
-                     str(sum(r["heads"])), f"{r['speedup']:.2f} x"])
+        rows.append([
+            link(title, run, name),
+            f"{r['f1']:.2f}",
+            f"{r['exact_match']:.2f}",
+            percent(r["density"]),
+            f"{r['parameters']['total'] / 1e6:.1f} M",
+            str(sum(r["heads"])),
+            times(r["speedup"]),
+        ])
     return markdown(columns, rows)
 
 
@@ -82,72 +102,115 @@ def run_table(run: str) -> str:
     """The same with the masked model, and how it was made."""
     columns = ["model", "EM", "F1", "encoder linear weights", "density", "parameters", "heads",
                "FLOPs", "speed"]
+    rows = [
+        model_row(run, "teacher", "dense"),
+        masked_row(run),
+        model_row(run, "hybrid-compact", "Hybrid, compacted"),
+        model_row(run, "filled", "Hybrid Filled"),
+    ]
+    return markdown(columns, rows) + "\n\n" + how_it_was_made(run)
+
+
+def model_row(run: str, name: str, title: str) -> list[str]:
+    r = read(run, name, "results.json")
+    return [
+        link(title, run, name),
+        f"{r['exact_match']:.2f}",
+        f"{r['f1']:.2f}",
+        millions(r["parameters"]["linear_nonzero"]),
+        percent(r["density"]),
+        millions(r["parameters"]["total"]),
+        str(sum(r["heads"])),
+        f"1/{r['flops_ratio']:.2f}",
+        times(r["speedup"]),
+    ]
+
+
+def masked_row(run: str) -> list[str]:
+    """The row of the model with its masks on. It is as large as the dense one, and not timed."""
+    sizes = read(run, "teacher", "results.json")["parameters"]
+    heads = read(run, "hybrid-compact", "results.json")["heads"]
+    masked = read_masked(run, "hybrid")
+    return [
+        link("Hybrid, masked", run, "hybrid"),
+        f"{masked['exact_match']:.2f}",
+        f"{masked['f1']:.2f}",
+        millions(masked["density"] * sizes["linear_dense"]),
+        percent(masked["density"]),
+        millions(sizes["total"]),
+        str(sum(heads)),
+        "–",
+        "–",
+    ]
+
+
+def how_it_was_made(run: str) -> str:
+    """The data, the machine, the time and the check of the compaction, below the table of a run."""
     dense = read(run, "teacher", "results.json")
     compacted = read(run, "hybrid-compact", "results.json")
-    rows = []
-    for name, title in (("teacher", "dense"), ("hybrid-compact", "Hybrid, compacted"),
-                        ("filled", "Hybrid Filled")):
-        r = read(run, name, "results.json")
-        rows.append([link(title, run, name), f"{r['exact_match']:.2f}", f"{r['f1']:.2f}",
-                     f"{r['parameters']['linear_nonzero'] / 1e6:.2f} M", f"{100 * r['density']:.1f} %",
-                     f"{r['parameters']['total'] / 1e6:.2f} M", str(sum(r["heads"])),
-                     f"1/{r['flops_ratio']:.2f}", f"{r['speedup']:.2f} x"])
-    masked = read_masked(run, "hybrid")
-    left = masked["density"] * dense["parameters"]["linear_dense"]
-    total = f"{dense['parameters']['total'] / 1e6:.2f} M"
-    rows.insert(1, [link("Hybrid, masked", run, "hybrid"), f"{masked['exact_match']:.2f}",
-                    f"{masked['f1']:.2f}", f"{left / 1e6:.2f} M", f"{100 * masked['density']:.1f} %",
-                    total, str(sum(compacted["heads"])), "–", "–"])
-
     made = read(run, "hybrid", "run.json")
-    names = ("teacher", "hybrid", "hybrid-compact", "filled")
-    minutes = sum(read(run, name, "results.json")["seconds"] for name in names) / 60
     data = dense["data"]
+    seconds = 0
+    for name in ("teacher", "hybrid", "hybrid-compact", "filled"):
+        seconds += read(run, name, "results.json")["seconds"]
+    # Older runs do not say what was allowed.
     allowed = "1e-5 · max(1, the largest logit)"
     if "allowed_logit_difference" in compacted:
         allowed = f"{compacted['allowed_logit_difference']:.1e}"
     lines = [
         f"{data['name']}: {data['train_questions']:,} training questions, scored on "
         f"{data['dev_questions']:,}.",
-        f"Speed is of one forward pass of {dense['batch']} x {dense['length']} word pieces in fp32 on "
-        f"{dense['device']}, {dense['threads']} threads,",
+        f"Speed is of one forward pass of {dense['batch']} x {dense['length']} word pieces in fp32 "
+        f"on {dense['device']}, {dense['threads']} threads,",
         "against the dense model in the same process.",
         f"Training in {dense['precision']} on {made['processor']}, torch {made['torch']};",
-        f"{minutes:.0f} minutes of training and compaction.",
+        f"{seconds / 60:.0f} minutes of training and compaction.",
         f"Compaction: F1 {compacted['f1_masked']:.2f} masked and {compacted['f1']:.2f} compacted;",
         f"largest difference of a logit {compacted['max_abs_logit_difference']:.1e}, allowed is "
         f"{allowed};",
         f"heads left by the authors' rule: {sum(compacted['heads_authors_rule'])}.",
     ]
-    return markdown(columns, rows) + "\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def epochs_table(run: str = "epochs") -> str:
     """Epochs of pruning → what is kept, and F1 on the way; a row for each length that was run."""
     columns = ["epochs", "λ", "score lr", "non-zero, masked", "refilled", "F1 masked", "compacted",
                "refilled", "against dense (95 %)", "heads", "speed"]
-    dense = read(run, "teacher", "f1.json")
-    questions = sorted(dense)
     rows = []
     for epochs in (3, 6, 10, 20):
-        pruned = f"hybrid-{epochs}"
-        if not (HERE / run / f"{pruned}-filled" / "results.json").exists():
-            continue
-        settings = read(run, pruned, "run.json")["settings"]
-        masked = read_masked(run, pruned)
-        compacted = read(run, f"{pruned}-compact", "results.json")
-        filled = read(run, f"{pruned}-filled", "results.json")
-        of_filled = read(run, f"{pruned}-filled", "f1.json")
-        gain = 100 * np.array([of_filled[i] - dense[i] for i in questions])
-        low, high = interval(gain)
-        rows.append([str(epochs), f"{settings['final_lambda']:g}", f"{settings['score_lr']:g}",
-                     f"{100 * masked['density']:.1f} %", f"{100 * filled['density']:.1f} %",
-                     f"{masked['f1']:.2f}", f"{compacted['f1']:.2f}",
-                     link(f"{filled['f1']:.2f}", run, f"{pruned}-filled"),
-                     f"{gain.mean():+.2f} ({low:+.2f} to {high:+.2f})",
-                     f"{sum(filled['heads'])}", f"{filled['speedup']:.2f} x"])
+        if (HERE / run / f"hybrid-{epochs}-filled" / "results.json").exists():
+            rows.append(epochs_row(run, epochs))
     return markdown(columns, rows)
 
+
+def epochs_row(run: str, epochs: int) -> list[str]:
+    pruned = f"hybrid-{epochs}"
+    settings = read(run, pruned, "run.json")["settings"]
+    masked = read_masked(run, pruned)
+    compacted = read(run, f"{pruned}-compact", "results.json")
+    filled = read(run, f"{pruned}-filled", "results.json")
+    # What each question gains over the dense model, in percent.
+    of_dense = read(run, "teacher", "f1.json")
+    of_filled = read(run, f"{pruned}-filled", "f1.json")
+    gain = 100 * np.array([of_filled[i] - of_dense[i] for i in sorted(of_dense)])
+    low, high = interval(gain)
+    return [
+        str(epochs),
+        f"{settings['final_lambda']:g}",
+        f"{settings['score_lr']:g}",
+        percent(masked["density"]),
+        percent(filled["density"]),
+        f"{masked['f1']:.2f}",
+        f"{compacted['f1']:.2f}",
+        link(f"{filled['f1']:.2f}", run, f"{pruned}-filled"),
+        f"{gain.mean():+.2f} ({low:+.2f} to {high:+.2f})",
+        str(sum(filled["heads"])),
+        times(filled["speedup"]),
+    ]
+
+
+# ----------------------------------------------------------- tables of the files and of the machine
 
 PLACES = [      # idea of the paper, file, name
     ("the mask 1[σ(S) > τ], straight-through", "blockprune.py", "StraightThrough"),
@@ -182,7 +245,7 @@ def places() -> str:
 
 
 def speed(path: Path) -> str:
-    """The rows of a benchmark."""
+    """The rows of a benchmark, those that were not measured below."""
     bench = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     not_measured = []
@@ -191,29 +254,36 @@ def speed(path: Path) -> str:
         if not row["ratio"]:
             not_measured.append(title)
             continue
-        wanted = "–"
-        if row["wanted"]:
-            sign = "≤" if row["at_most"] else "≥"
-            wanted = f"{sign} {row['wanted']:g}"
-        if row["met"] is False:
-            wanted += " (missed)"
-        noise = ""
-        if row["spread"]:
-            noise = f" ± {50 * row['spread']:.0f} %"
         baseline = "–"
         if row["baseline"] is not None:
             baseline = f"{row['baseline']:.4g} {row['unit']}"
-        rows.append([title, baseline, f"{row['ours']:.4g} {row['unit']}", f"{row['ratio']:.3g}{noise}",
-                     wanted])
+        ours = f"{row['ours']:.4g} {row['unit']}"
+        ratio = f"{row['ratio']:.3g}"
+        if row["spread"]:
+            ratio += f" ± {50 * row['spread']:.0f} %"
+        rows.append([title, baseline, ours, ratio, wanted_of(row)])
     table = markdown(["what", "baseline", "ours", "ratio", "wanted"], rows)
     made = (f"[{path.name}](results/{path.name}): `{bench['command']}` on {bench['device']}, "
             f"{bench['threads']} threads,\ntorch {bench['torch']}, {bench['data']}.")
-    return "\n".join([table, "", *not_measured, made])
+    return "\n".join([table, ""] + not_measured + [made])
 
 
-# ------------------------------------------------------------------------------------------ the sweep
+def wanted_of(row: dict) -> str:
+    """The goal of a row of the benchmark, and whether it was missed."""
+    if not row["wanted"]:
+        return "–"
+    text = f"≥ {row['wanted']:g}"
+    if row["at_most"]:
+        text = f"≤ {row['wanted']:g}"
+    if row["met"] is False:
+        text += " (missed)"
+    return text
 
-METHODS = ("Hybrid 32x32", "Hybrid Filled", "Block 32x32", "Block 8x8", "Unstructured 1x1", "Struct")
+
+# ---------------------------------------------------------------------------------------- the sweep
+
+METHODS = ("Hybrid 32x32", "Hybrid Filled", "Block 32x32", "Block 8x8", "Unstructured 1x1",
+           "Struct")
 
 
 def sweep() -> dict[str, list[dict]]:
@@ -233,8 +303,8 @@ def sweep() -> dict[str, list[dict]]:
             title = "Hybrid Filled"
         f1 = read("sweep", folder, "f1.json")
         if sorted(f1) != asked:
-            raise ValueError(f"{path.parent} was scored on other questions than the teacher: it is of "
-                             "another sweep")
+            raise ValueError(f"{path.parent} was scored on other questions than the teacher: it is "
+                             "of another sweep")
         point = read("sweep", folder, "results.json")
         point["folder"] = folder
         point["weight"] = float(weight)
@@ -254,9 +324,15 @@ def sweep_table() -> str:
             named.append((title, point))
     rows = []
     for title, r in named:
-        rows.append([link(title, "sweep", r["folder"]), f"{r['weight']:g}", f"{r['f1']:.2f}",
-                     f"{r['exact_match']:.2f}", f"{100 * r['density']:.1f} %", str(sum(r["heads"])),
-                     f"{r['speedup']:.2f} x"])
+        rows.append([
+            link(title, "sweep", r["folder"]),
+            f"{r['weight']:g}",
+            f"{r['f1']:.2f}",
+            f"{r['exact_match']:.2f}",
+            percent(r["density"]),
+            str(sum(r["heads"])),
+            times(r["speedup"]),
+        ])
     return markdown(["method", "λ", "F1", "EM", "density", "heads", "speed"], rows)
 
 
@@ -271,16 +347,21 @@ def guide() -> str:
     for title in METHODS:
         if title == "Hybrid Filled":
             continue
-        found = [f"{weight:g} → {100 * density:.0f} %" for weight, _, density, _ in of_method[title]]
+        found = []
+        for weight, _, density, _ in of_method[title]:
+            found.append(f"{weight:g} → {100 * density:.0f} %")
         rows.append([title, ", ".join(found), notes.get(title, "")])
     return markdown(["method", "λ → weights kept (FFN × 1)", "differs from ours"], rows)
 
 
-# ------------------------------------------------------------------------------------------- verdicts
+# ----------------------------------------------------------------------------------------- verdicts
 
 
 def interval(difference: np.ndarray, draws: int = 4000) -> tuple[float, float]:
-    """95 % of the means of resamples of the questions (bootstrap, paired: differences are drawn)."""
+    """The range of 95 % of the means of resamples of the questions.
+
+    A bootstrap, and a paired one: it is the questions' differences that are drawn.
+    """
     n = len(difference)
     rng = np.random.default_rng(0)
     times_drawn = rng.multinomial(n, np.full(n, 1 / n), draws)      # (draws, n)
@@ -297,14 +378,17 @@ def at(points: list[dict], key: str, x: float) -> np.ndarray:
 
 
 def equal(first: list[dict], second: list[dict], key: str) -> tuple[float, np.ndarray] | None:
-    """The middle of the range of `key` that both methods' points span, and the difference of F1 there.
+    """The middle of the range of `key` that both methods' points span, and the F1 gained there.
 
-    None where one of them has a single point, or they do not overlap.
+    The gain is the first method's over the second's, in percent, for each question. None where one
+    of them has a single point, or they do not overlap.
     """
-    if min(len(first), len(second)) < 2:
+    if len(first) < 2 or len(second) < 2:
         return None
-    low = max(min(point[key] for point in first), min(point[key] for point in second))
-    high = min(max(point[key] for point in first), max(point[key] for point in second))
+    of_first = [point[key] for point in first]
+    of_second = [point[key] for point in second]
+    low = max(min(of_first), min(of_second))
+    high = min(max(of_first), max(of_second))
     if low >= high:
         return None
     middle = (low + high) / 2
@@ -355,12 +439,12 @@ def verdicts() -> str:
 
     all_heads = sum(read("sweep", "teacher", "results.json")["heads"])
     emptied = []
-    any_empty = False
+    shown = "no"
     for point in points["Unstructured 1x1"]:
         gone = all_heads - sum(point["heads"])
-        any_empty = any_empty or gone > 0
+        if gone > 0:
+            shown = "yes"
         emptied.append(f"{gone} of {all_heads} at {100 * point['density']:.0f} %")
-    shown = "yes" if any_empty else "no"
     rows.append(["even 1x1 empties some heads: 8 of 144 at 25 % density, 22 at 16 %",
                  "; ".join(emptied), "–", shown])
     return markdown(["the authors' result", "here", "95 % interval", "shown"], rows)
@@ -370,7 +454,10 @@ def verdicts() -> str:
 
 
 def generated() -> dict[str, str]:
-    """The text between <!-- name --> and <!-- end -->, by name. Links are from the top of the tree."""
+    """The text between <!-- name --> and <!-- end -->, by name.
+
+    Its links are from the top of the tree.
+    """
     log = (HERE / "builtin" / "log.txt").read_text(encoding="utf-8").splitlines()
     made = {
         "headline": headline(),
@@ -406,8 +493,11 @@ def main() -> int:
     parts = generated()
     pages = {path: page(path, parts) for path in (ROOT / "README.md", HERE / "README.md")}
     if "--check" in sys.argv:
-        stale = [path for path, text in pages.items() if text != path.read_text(encoding="utf-8")]
-        return len(stale)
+        for path, text in pages.items():
+            if path.read_text(encoding="utf-8") != text:
+                print(f"{path} is not what would be written: make figure")
+                return 1
+        return 0
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
 
