@@ -1,11 +1,12 @@
-"""What compact.py must do: compaction never changes the function, and the numbers beside it are true.
+"""compact.py: compaction never changes the function, and the numbers beside it are true.
 
-In order: random models, as many as FUZZ=n says; each reason to cut something alone, and what is no reason;
-what else compaction keeps; parameters and floating point operations, by hand and for the paper's headline
-model; the benchmark, on a clock that is ours; the check on real text; pictures; results.json.
-"The same function" is: the same logits at real tokens, in eval mode.
+In order: random models; each reason to cut something, alone; what else compaction keeps; export,
+transformers, and linears that are not BERT's; what is counted, by hand; the benchmark, on a clock of
+ours; the check on real text; pictures and results.json.
+"The same function" means: the same logits at real tokens, in eval mode.
 
-Letters: E hidden size, H heads, D head size, F FFN width, T tokens; Q, K, V, O the matrices of attention.
+    E hidden size   H heads   D head size   F width of a feed-forward layer   T tokens
+    Q, K, V, O the weights of query, key, value and out; W1, W2 those of fc1 and fc2
 """
 import copy
 import dataclasses
@@ -22,150 +23,304 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bert import ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors, load_model, save_model
+from bert import (ACTIVATIONS, BertConfig, BertForQuestionAnswering, hf_tensors, load_model,
+                  save_model)
 from blockprune import bake, cut_dimensions, masks, set_threshold
-from compact import (benchmark, check, compact, count_parameters, counted, draw, flops, heads_authors_rule, mask_rows)
+from compact import (benchmark, check, compact, count_parameters, counted, draw, flops,
+                     heads_authors_rule, mask_rows)
 from train_squad import Config, Squad, add_masks, best_spans, write_results
 
-CASES = int(os.environ.get("FUZZ", 40))    # random models, no fewer
+CASES = int(os.environ.get("FUZZ", 40))     # random models
 DEAD = -9.0                                 # a score that is pruned at τ = 0.1
 
-# All different: layers 2, H 3, D 4, F 7, E 12, vocabulary 19, T at most 9, types 5.
-TINY = dict(vocab_size=19, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=7,
-            max_position_embeddings=9, type_vocab_size=5)
+# All different, so that no axis stands in for another: layers 2, H 3, D 4, F 7, E 12, vocabulary 19,
+# T at most 9, types 5.
+TINY = dict(vocab_size=19, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
+            intermediate_size=7, max_position_embeddings=9, type_vocab_size=5)
+# One head and five dimensions in the first layer, nothing in the second.
 UNEVEN = BertConfig(**TINY, heads=[1, 0], ffn=[5, 0])
-HEADLINE = BertConfig(heads=[4, 4, 6, 7, 7, 5, 6, 7, 5, 5, 5, 3],  # the paper's, on BERT-base
+# The paper's headline model, on BERT-base.
+HEADLINE = BertConfig(heads=[4, 4, 6, 7, 7, 5, 6, 7, 5, 5, 5, 3],
                       ffn=[552, 717, 795, 789, 833, 792, 620, 466, 283, 112, 96, 238])
 
 
 def scramble(model):
     """In eval mode; every parameter random, gains and biases too, and large enough to be seen."""
-    for name, p in model.eval().named_parameters():
-        nn.init.normal_(p, mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.5)
+    model.eval()
+    for name, parameter in model.named_parameters():
+        mean = 0.0
+        if name.endswith("norm.weight"):
+            mean = 1.0
+        nn.init.normal_(parameter, mean=mean, std=0.5)
     return model
 
 
-def tiny(**changes):
+def tiny(**changes) -> BertForQuestionAnswering:
     torch.manual_seed(0)
     return scramble(BertForQuestionAnswering(BertConfig(**TINY, **changes)))
 
 
 def random_inputs(config, rows=3, T=8):
-    """ids, types, and which tokens are real: 1 to T of each row, then padding."""
-    ids, types = torch.randint(config.vocab_size, (rows, T)), torch.randint(config.type_vocab_size, (rows, T))
-    return ids, types, torch.arange(T) < torch.randint(1, T + 1, (rows, 1))
+    """ids, types, and which tokens are real: from 1 to T of each row, then comes padding."""
+    ids = torch.randint(config.vocab_size, (rows, T))
+    types = torch.randint(config.type_vocab_size, (rows, T))
+    lengths = torch.randint(1, T + 1, (rows, 1))
+    real = torch.arange(T) < lengths
+    return ids, types, real
 
 
 @torch.no_grad()
 def logits(model, inputs):
-    """Those at real tokens, (2, their number)."""
-    return torch.stack(model(*inputs))[:, inputs[2]]
+    """Start logits and end logits at the real tokens, (2, their number)."""
+    _, _, real = inputs
+    start, end = model(*inputs)
+    return torch.stack([start[real], end[real]])
 
 
 def assert_same(found, expected, tolerance=1e-12):
-    assert (found - expected).abs().max() <= tolerance * max(1, expected.abs().max())
+    """The tolerance is relative where the numbers are larger than 1."""
+    allowed = tolerance * max(1, expected.abs().max())
+    assert (found - expected).abs().max() <= allowed
 
 
-def assert_bit_equal(a, b):
-    a, b = hf_tensors(a), hf_tensors(b)
-    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
-
-
-def left(model):
-    """By layer, the heads and the FFN dimensions that have weights on both of their sides."""
-    D, heads, ffn = model.config.head_size, [], []
-    for layer in model.bert.layers:
-        V, O, W1, W2 = (m.weight for m in (layer.attention.value, layer.attention.out, layer.ffn.fc1, layer.ffn.fc2))
-        heads.append(sum(bool(V[h:h + D].any() and O[:, h:h + D].any()) for h in range(0, len(V), D)))
-        ffn.append(sum(bool(W1[j].any() and W2[:, j].any()) for j in range(len(W1))))
-    return heads, ffn
-
-
-def assert_counted(model):
-    """Parameters, density's two sides and floating point operations, once more from the shapes alone."""
-    c, D, found = model.config, model.config.head_size, count_parameters(model)
-    E, linear, biases, operations, T = c.hidden_size, 0, 0, 0, 5
-    for H, width in zip(c.heads, c.ffn):
-        linear += 4 * H * D * E + 2 * width * E
-        biases += 3 * H * D + E + width + E + 4 * E       # of Q, K, V; O; fc1; fc2; the two norms
-        operations += 2 * T * (4 * H * D * E + 2 * width * E) + 2 * 2 * T * T * H * D
-    nonzero = sum(int((module.weight != 0).sum()) for module in model.bert.layers.modules() if isinstance(module, nn.Linear))
-    embeddings = (c.vocab_size + c.max_position_embeddings + c.type_vocab_size + 2) * E
-    total = embeddings + linear + biases + 2 * E + 2
-    assert found == dict(linear=linear, linear_nonzero=nonzero, linear_dense=c.num_hidden_layers * E * (4 * E + 2 * c.intermediate_size),
-                         encoder=linear + biases, total=total, bytes=4 * total)
-    assert flops(c, T) == operations + 2 * T * 2 * E
+def assert_bit_equal(model, other):
+    tensors = hf_tensors(model)
+    other_tensors = hf_tensors(other)
+    assert tensors.keys() == other_tensors.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == other_tensors[name].dtype, name
+        assert torch.equal(tensor, other_tensors[name]), name
 
 
 # ----------------------------------------------------------------------------------- random models
 
 
 def random_case(seed):
-    """A model of random shape with masks of a random method, and inputs: ids, types, real.
+    """A model of random shape with the masks of a random method, and inputs for it.
 
-    Bands of rows and columns are empty, either pruned with their biases or zero beside biases that stay.
-    So some heads, dimensions and layers are empty, and some in one of their matrices alone.
+    Bands of its rows and columns are empty: some are pruned together with their biases, others are
+    zero beside biases that stay. So some heads, dimensions and whole layers are empty, and some of
+    them are so in one of their matrices alone.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    E, F, T = rng.randint(6, 20), rng.randint(1, 11), rng.randint(1, 9)
-    H = rng.choice([n for n in range(1, E + 1) if E % n == 0])
     method = rng.choice(["dense", "hybrid", "block", "struct", "unstructured"])
-    heads, ffn = ([rng.choice([most, rng.randint(method != "dense", most)]) for _ in range(1 + seed % 3)]
-                  for most in (H, F))
-    model = scramble(BertForQuestionAnswering(BertConfig(
-        vocab_size=23, hidden_size=E, num_hidden_layers=len(heads), num_attention_heads=H, intermediate_size=F,
-        hidden_act=rng.choice(list(ACTIVATIONS)), max_position_embeddings=9, type_vocab_size=3, heads=heads, ffn=ffn)))
+    # A mask needs a matrix that it can be put on.
+    fewest = 1
+    if method == "dense":
+        fewest = 0
+    model = random_model(rng, layers=1 + seed % 3, fewest=fewest)
 
-    def fill_band(matrix, dim, value):
-        first, last = sorted(rng.randint(0, matrix.shape[dim]) for _ in range(2))
-        matrix.narrow(dim, first, last - first).fill_(value)
-
-    matrices = [module.weight.data for module in model.bert.layers.modules() if isinstance(module, nn.Linear)]
-    for matrix in matrices:
+    for linear in linears_of(model):
         if rng.random() < 0.3:
-            fill_band(matrix, rng.randint(0, 1), 0)
+            fill_random_band(rng, linear.weight.data, rng.randint(0, 1), 0.0)
     if method != "dense":
-        most = min(min(matrix.shape) for matrix in matrices)
-        add_masks(model, method, f"{rng.randint(1, most)}x{rng.randint(1, most)}")
-        for mask in masks(model):
-            S = mask.scores.data.normal_(std=2).view(mask.grid)
-            if rng.random() < 0.5:
-                fill_band(S, 0, DEAD)
-                fill_band(S, 1, DEAD)
-        set_threshold(model, 0.1)
-    return model, random_inputs(model.config, rng.randint(1, 4), T)
+        put_random_masks(rng, model, method)
+    return model, random_inputs(model.config, rows=rng.randint(1, 4), T=rng.randint(1, 9))
 
 
+def random_model(rng, layers, fewest):
+    """With at least so many heads and dimensions in each layer."""
+    E = rng.randint(6, 20)
+    F = rng.randint(1, 11)
+    H = rng.choice([n for n in range(1, E + 1) if E % n == 0])
+    config = BertConfig(
+        vocab_size=23, hidden_size=E, num_hidden_layers=layers, num_attention_heads=H,
+        intermediate_size=F, hidden_act=rng.choice(list(ACTIVATIONS)), max_position_embeddings=9,
+        type_vocab_size=3, heads=random_widths(rng, layers, fewest, H),
+        ffn=random_widths(rng, layers, fewest, F))
+    return scramble(BertForQuestionAnswering(config))
+
+
+def random_widths(rng, layers, fewest, most):
+    """A width for each layer: every second one is the largest."""
+    widths = []
+    for _ in range(layers):
+        width = most
+        if rng.random() < 0.5:
+            width = rng.randint(fewest, most)
+        widths.append(width)
+    return widths
+
+
+def linears_of(model):
+    """The linears that may be pruned."""
+    return [module for module in model.bert.layers.modules() if isinstance(module, nn.Linear)]
+
+
+def fill_random_band(rng, matrix, dim, value):
+    """Put the value into some rows that lie side by side (dim 0), or some columns (dim 1)."""
+    size = matrix.shape[dim]
+    first, last = sorted([rng.randint(0, size), rng.randint(0, size)])
+    matrix.narrow(dim, first, last - first).fill_(value)
+
+
+def put_random_masks(rng, model, method):
+    # The block must fit all matrices.
+    largest = min([min(linear.weight.shape) for linear in linears_of(model)])
+    r = rng.randint(1, largest)
+    c = rng.randint(1, largest)
+    add_masks(model, method, f"{r}x{c}")
+    for mask in masks(model):
+        nn.init.normal_(mask.scores, std=2)
+        if rng.random() < 0.5:
+            scores = mask.scores.data.view(mask.grid)
+            fill_random_band(rng, scores, 0, DEAD)
+            fill_random_band(rng, scores, 1, DEAD)
+    set_threshold(model, 0.1)
+
+
+SEEDS = pytest.mark.parametrize("seed", range(CASES))
+
+
+@SEEDS
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_masked_baked_compacted_and_loaded_are_one_function(dtype, tolerance, tmp_path):
-    seen = set()    # of attention and FFN in each layer: whether some was cut, some left, some constant folded
+def test_masked_baked_and_compacted_are_one_function(seed, dtype, tolerance):
+    model, inputs = random_case(seed)
+    model = model.to(dtype)
+    expected = logits(model, inputs)
+    baked = bake(copy.deepcopy(model))
+    assert_same(logits(baked, inputs), expected, tolerance)
+    small = compact(model)
+    assert_same(logits(small, inputs), expected, tolerance)
+    # There is nothing left to cut.
+    assert_bit_equal(compact(small), small)
+
+
+@SEEDS
+def test_a_compacted_model_is_saved_and_loaded(seed, tmp_path):
+    model, inputs = random_case(seed)
+    small = compact(model)
+    save_model(small, tmp_path)
+    loaded = load_model(tmp_path).eval()
+    assert_bit_equal(loaded, small)
+    assert_same(logits(loaded, inputs), logits(model, inputs), 1e-5)
+
+
+@SEEDS
+def test_what_is_needed_is_left_and_the_rest_of_the_configuration_is_kept(seed):
+    model, _ = random_case(seed)
+    config = model.config
+    small = compact(model).config
+    assert small.heads == needed_heads(model)
+    assert small.ffn == needed_dimensions(model)
+    assert dataclasses.replace(small, heads=config.heads, ffn=config.ffn) == config
+
+
+def needed_heads(model) -> list[int]:
+    """In each layer, the heads with weights in their rows of V and in their columns of O."""
+    D = model.config.head_size
+    needed = []
+    for layer in model.bert.layers:
+        V = layer.attention.value.weight
+        O = layer.attention.out.weight
+        count = 0
+        for first in range(0, len(V), D):
+            head = slice(first, first + D)
+            if V[head].any() and O[:, head].any():
+                count += 1
+        needed.append(count)
+    return needed
+
+
+def needed_dimensions(model) -> list[int]:
+    """In each layer, the dimensions with weights in their row of W1 and in their column of W2."""
+    needed = []
+    for layer in model.bert.layers:
+        W1 = layer.ffn.fc1.weight
+        W2 = layer.ffn.fc2.weight
+        count = 0
+        for j in range(len(W1)):
+            if W1[j].any() and W2[:, j].any():
+                count += 1
+        needed.append(count)
+    return needed
+
+
+@SEEDS
+def test_counts_of_random_models(seed):
+    model, _ = random_case(seed)
+    assert_counts_are_right(model)
+    assert_counts_are_right(compact(model))
+
+
+def assert_counts_are_right(model):
+    """count_parameters() and flops(), once more, from the configuration alone."""
+    c = model.config
+    E = c.hidden_size
+    D = c.head_size
+    T = 5
+    linear = 0
+    biases_and_norms = 0
+    multiply_adds = 0
+    for H, F in zip(c.heads, c.ffn):
+        weights = 4 * H * D * E + 2 * F * E
+        linear += weights
+        biases_and_norms += 3 * H * D + E       # query, key and value; out
+        biases_and_norms += F + E               # fc1; fc2
+        biases_and_norms += 4 * E               # gain and bias of two norms
+        multiply_adds += T * weights            # each token meets each weight
+        multiply_adds += 2 * T * T * H * D      # each pair of tokens, in Q Kᵀ and with V
+    multiply_adds += T * 2 * E                  # the QA head
+    assert flops(c, T) == 2 * multiply_adds     # additions count as well
+
+    nonzero = 0
+    for module in linears_of(model):
+        nonzero += int((module.weight != 0).sum())
+    embeddings = (c.vocab_size + c.max_position_embeddings + c.type_vocab_size) * E
+    embeddings += 2 * E                         # their norm
+    qa_head = 2 * E + 2
+    encoder = linear + biases_and_norms
+    total = embeddings + encoder + qa_head
+    assert count_parameters(model) == {
+        "linear": linear,
+        "linear_nonzero": nonzero,
+        "linear_dense": c.num_hidden_layers * (4 * E * E + 2 * c.intermediate_size * E),
+        "encoder": encoder,
+        "total": total,
+        "bytes": 4 * total,
+    }
+
+
+def test_random_models_are_cut_in_every_way():
+    """About the models above, and not about compact(): 40 of them are enough to see it all."""
+    seen = set()
     for seed in range(CASES):
-        model, inputs = random_case(seed)
-        try:
-            expected, c = logits(model.to(dtype), inputs), model.config
-            small = compact(model)
-            assert (small.config.heads, small.config.ffn) == left(model)
-            assert dataclasses.replace(small.config, heads=c.heads, ffn=c.ffn) == c
-            assert_same(logits(small, inputs), expected, tolerance)
-            assert_same(logits(bake(copy.deepcopy(model)), inputs), expected, tolerance)
-            assert_bit_equal(compact(small), small)
-            for m in (model, small):
-                assert_counted(m)
-            if dtype == torch.float32:
-                save_model(small, tmp_path)
-                loaded = load_model(tmp_path).eval()
-                assert_bit_equal(loaded, small)
-                assert_same(logits(loaded, inputs), expected, tolerance)
-        except Exception as error:
-            raise AssertionError(f"random_case({seed})") from error
-        for a, b in zip(model.bert.layers, small.bert.layers):
-            for x, y, after_x, after_y in ((a.attention.value, b.attention.value, a.attention.out, b.attention.out),
-                                           (a.ffn.fc1, b.ffn.fc1, a.ffn.fc2, b.ffn.fc2)):
-                width = len(y.weight)
-                seen.add((width < len(x.weight), width > 0, not torch.equal(after_x.bias, after_y.bias)))
-    assert seen - {(False, False, False)} == {(False, True, False), (True, True, False), (True, True, True),
-                                              (True, False, False), (True, False, True)}
+        model, _ = random_case(seed)
+        small = compact(model)
+        for layer, small_layer in zip(model.bert.layers, small.bert.layers):
+            a = layer.attention
+            small_a = small_layer.attention
+            seen.add(how_it_was_cut(a.value, a.out, small_a.value, small_a.out))
+            f = layer.ffn
+            small_f = small_layer.ffn
+            seen.add(how_it_was_cut(f.fc1, f.fc2, small_f.fc1, small_f.fc2))
+    assert seen == {
+        ("none were there", "no constant"),
+        ("all are left", "no constant"),
+        ("some are left", "no constant"),
+        ("some are left", "a constant"),
+        ("none are left", "no constant"),
+        ("none are left", "a constant"),
+    }
+
+
+def how_it_was_cut(before, out, small_before, small_out):
+    """What became of heads or dimensions, and whether a constant went into the bias after them."""
+    rows = len(before.weight)
+    small_rows = len(small_before.weight)
+    if rows == 0:
+        left = "none were there"
+    elif small_rows == 0:
+        left = "none are left"
+    elif small_rows < rows:
+        left = "some are left"
+    else:
+        left = "all are left"
+    constant = "no constant"
+    if not torch.equal(out.bias, small_out.bias):
+        constant = "a constant"
+    return left, constant
 
 
 # ----------------------------------------------------------------------- each reason to cut, alone
@@ -279,7 +434,7 @@ def test_the_masked_model_and_the_random_numbers_are_left_alone():
     kept = logits(small, inputs)
     for p in model.parameters():
         p.data.fill_(DEAD)
-    assert left(model) == ([0, 0], [0, 0]) and torch.equal(logits(small, inputs), kept)  # no memory is shared
+    assert needed_heads(model) == needed_dimensions(model) == [0, 0] and torch.equal(logits(small, inputs), kept)  # no memory is shared
 
 
 @pytest.mark.parametrize("training", [True, False])
