@@ -619,112 +619,201 @@ def backward(model, inputs):
     loss.backward()
 
 
-# --------------------------------------------------------------------------------- other places
+# ----------------------------------------- export, transformers, and linears that are not BERT's
 
 
 def test_a_compact_model_is_exported_with_empty_layers_and_any_batch_and_length():
     model = without("the layer").float()
     model.bert.layers[0].attention.out.weight.data[:, SECOND] = 0
     small = compact(model)
-    assert (small.config.heads, small.config.ffn) == ([2, 0], [7, 0])
-    B, T = torch.export.Dim("B", max=64), torch.export.Dim("T", max=9)
-    exported = torch.export.export(small, random_inputs(small.config), dynamic_shapes=({0: B, 1: T},) * 3).module()
-    for rows, length in ((3, 8), (1, 9), (7, 2), (5, 5)):
+    assert small.config.heads == [2, 0]
+    assert small.config.ffn == [7, 0]
+    # ids, types and real are all (B, T).
+    axes = {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("T", max=9)}
+    inputs = random_inputs(small.config)
+    program = torch.export.export(small, inputs, dynamic_shapes=(axes, axes, axes))
+    exported = program.module()
+    for rows, length in [(3, 8), (1, 9), (7, 2), (5, 5)]:
         inputs = random_inputs(small.config, rows, length)
         assert_same(logits(exported, inputs), logits(small, inputs), 1e-6)
 
 
 def test_live_a_baked_model_opens_in_transformers(tmp_path):
-    """At full size, its zeros in place."""
+    """At full size, with zeros for what is pruned."""
     transformers = pytest.importorskip("transformers")
-    model = tiny()
-    add_masks(model, "hybrid", "4x3")
-    set_threshold(model, 0.1)
-    for mask in masks(model):
-        mask.scores.data.flatten()[::2] = DEAD
+    model = half_masked()
     inputs = random_inputs(model.config)
     save_model(model, tmp_path)
     theirs = transformers.BertForQuestionAnswering.from_pretrained(tmp_path).eval()
-    found = theirs(input_ids=inputs[0], token_type_ids=inputs[1], attention_mask=inputs[2].long())
-    assert_same(torch.stack([found.start_logits, found.end_logits])[:, inputs[2]].detach(), logits(model, inputs), 1e-5)
-    assert sum(int((p == 0).sum()) for p in theirs.parameters()) > 300
-
-
-@pytest.mark.parametrize("bias", [(True, True), (True, False), (False, True), (False, False)])
-def test_dimensions_of_any_two_linears(bias):
-    """Inner dimension 1 is empty before, 3 after, 4 on both sides; softplus(0) = log 2 is no zero even without a bias."""
-    fc1, fc2 = nn.Linear(5, 6, bias=bias[0]).double(), nn.Linear(6, 4, bias=bias[1]).double()
+    zeros = sum([int((parameter == 0).sum()) for parameter in theirs.parameters()])
+    assert zeros > 300
+    ids, types, real = inputs
     with torch.no_grad():
-        fc1.weight[[1, 4]], fc2.weight[:, [3, 4]] = 0, 0
-        x = torch.randn(7, 5).double()
-        expected = fc2(nn.functional.softplus(fc1(x)))
-        assert cut_dimensions(fc1, fc2, nn.functional.softplus) == 3
-        assert_same(fc2(nn.functional.softplus(fc1(x))), expected)
-    assert (fc1.out_features, fc2.in_features, fc1.weight.shape, fc2.weight.shape) == (3, 3, (3, 5), (4, 3))
-    assert fc1.bias is None if not bias[0] else len(fc1.bias) == 3
-    assert fc2.bias is not None and cut_dimensions(fc1, fc2, nn.functional.softplus) == 3
-    for wrong in ((fc2, fc1), (fc1, nn.Conv1d(3, 4, 1)), (nn.Embedding(5, 3), fc2)):
-        with pytest.raises(ValueError, match="as many outputs of fc1|plain nn.Linear"):
-            cut_dimensions(*wrong, nn.functional.relu)
+        found = theirs(input_ids=ids, token_type_ids=types, attention_mask=real.long())
+    found_logits = torch.stack([found.start_logits[real], found.end_logits[real]])
+    assert_same(found_logits, logits(model, inputs), 1e-5)
 
 
-def test_what_is_frozen_stays_frozen_and_the_rest_of_a_model_as_it_was():
-    fc1, fc2 = nn.Linear(5, 6), nn.Linear(6, 4).requires_grad_(False)
+@pytest.mark.parametrize("fc1_has_bias", [True, False])
+@pytest.mark.parametrize("fc2_has_bias", [True, False])
+@torch.no_grad()
+def test_dimensions_of_any_two_linears(fc1_has_bias, fc2_has_bias):
+    """softplus(0) is log 2: without a bias too there is a constant, and fc2 gets a bias for it."""
+    act = nn.functional.softplus
+    fc1 = nn.Linear(5, 6, bias=fc1_has_bias).double()
+    fc2 = nn.Linear(6, 4, bias=fc2_has_bias).double()
+    fc1.weight[1] = 0           # dimension 1 is empty in fc1,
+    fc2.weight[:, 3] = 0        # dimension 3 in fc2,
+    fc1.weight[4] = 0           # and dimension 4 in both
+    fc2.weight[:, 4] = 0
+    x = torch.randn(7, 5).double()
+    expected = fc2(act(fc1(x)))
+    assert cut_dimensions(fc1, fc2, act) == 3
+    assert_same(fc2(act(fc1(x))), expected)
+
+    # The linears say what they are now.
+    assert fc1.out_features == fc2.in_features == 3
+    assert fc1.weight.shape == (3, 5)
+    assert fc2.weight.shape == (4, 3)
+    if fc1_has_bias:
+        assert fc1.bias.shape == (3,)
+    else:
+        assert fc1.bias is None
+    assert fc2.bias.shape == (4,)
+    # There is nothing left to cut.
+    assert cut_dimensions(fc1, fc2, act) == 3
+
+
+@pytest.mark.parametrize("fc1, fc2, message", [
+    (nn.Linear(6, 4), nn.Linear(5, 6), "as many outputs of fc1"),
+    (nn.Linear(5, 3), nn.Conv1d(3, 4, 1), "plain nn.Linear"),
+    (nn.Embedding(5, 3), nn.Linear(3, 4), "plain nn.Linear"),
+])
+def test_what_is_no_pair_of_linears_is_refused(fc1, fc2, message):
+    with pytest.raises(ValueError, match=message):
+        cut_dimensions(fc1, fc2, nn.functional.relu)
+
+
+def test_what_is_frozen_stays_frozen():
+    fc1 = nn.Linear(5, 6)
+    fc2 = nn.Linear(6, 4).requires_grad_(False)
+    # Dimension 2 adds 0: the bias of fc2 is not touched.
     fc1.weight.data[2] = 0
-    out = fc2.bias
     fc1.bias.data[2] = 0
-    assert cut_dimensions(fc1, fc2, nn.functional.relu) == 5 and fc2.bias is out       # nothing to fold
-    assert [p.requires_grad for p in (*fc1.parameters(), *fc2.parameters())] == [True, True, False, False]
+    bias = fc2.bias
+    assert cut_dimensions(fc1, fc2, nn.functional.relu) == 5
+    assert fc2.bias is bias
+    assert [parameter.requires_grad for parameter in fc1.parameters()] == [True, True]
+    assert [parameter.requires_grad for parameter in fc2.parameters()] == [False, False]
+    # Dimension 1 adds a constant: the bias of fc2 is a new one.
     fc1.weight.data[1] = 0
     fc1.bias.data[1] = 3
-    assert cut_dimensions(fc1, fc2, nn.functional.relu) == 4 and not fc2.bias.requires_grad
+    assert cut_dimensions(fc1, fc2, nn.functional.relu) == 4
+    assert fc2.bias is not bias
+    assert not fc2.bias.requires_grad
 
 
-# --------------------------------------------------------------------------------- counts, by hand
+# ------------------------------------------------------------------------- what is counted, by hand
 
 
 def of_ones(config):
-    """A model without memory of its own: each parameter is a single 1, seen in the parameter's shape."""
+    """A model without memory: every parameter is a single 1, seen as if it had the full shape."""
     with torch.device("meta"):
         model = BertForQuestionAnswering(config)
     for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.ones(()).expand(p.shape)))
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            ones = torch.ones(()).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(ones))
     return model
 
 
-@pytest.mark.parametrize("config, linear, dense, encoder, total", [
-    # A head and 5 dimensions: 4 · 48 and 2 · 60 weights, 3 · 4 + 12 and 5 + 12 biases, two norms: 401; an empty
-    # layer: 12 + 12 biases, two norms: 72. 19 + 9 + 5 embeddings and a norm of 2 are 35 rows; the QA head is 26.
-    (UNEVEN, 4 * 48 + 2 * 60, 2 * (4 * 144 + 2 * 84), 401 + 72, 35 * 12 + 401 + 72 + 26),
-    (BertConfig(), 84_934_656, 84_934_656, 12 * 7_087_872, 108_893_186),
-    (HEADLINE, 22_248_960, 84_934_656, 46_161_559 - 23_837_184 - 1_538, 46_161_559)])
-def test_parameters_by_hand(config, linear, dense, encoder, total):
-    assert count_parameters(of_ones(config)) == dict(linear=linear, linear_nonzero=linear, linear_dense=dense,
-                                                     encoder=encoder, total=total, bytes=4 * total)
+# Of UNEVEN, where E is 12, D 4 and F 7.
+#
+#   first layer     4 matrices of 1 head, 4 · 12 each; 2 of 5 dimensions, 12 each   192 + 120
+#                   biases: 4 each of query, key and value; out; fc1; fc2           12 + 12 + 5 + 12
+#                   gain and bias of two norms                                      4 · 12
+#   second layer    no matrices; biases of out and fc2; the norms                   24 + 48
+#   embeddings      19 words, 9 positions, 5 types; gain and bias of a norm         35 · 12
+#   QA head         2 · 12 weights, 2 biases                                        26
+#   dense layer     4 matrices of 12 · 12, 2 of 12 · 7                              576 + 168
+def test_parameters_by_hand():
+    linear = 192 + 120
+    first_layer = linear + 41 + 48
+    second_layer = 24 + 48
+    total = 420 + first_layer + second_layer + 26
+    assert count_parameters(of_ones(UNEVEN)) == {
+        "linear": linear,
+        "linear_nonzero": linear,
+        "linear_dense": 2 * (576 + 168),
+        "encoder": first_layer + second_layer,
+        "total": total,
+        "bytes": 4 * total,
+    }
 
 
-def test_what_is_masked_counts_as_zero_and_scores_not_at_all():
+@pytest.mark.parametrize("config, linear, total", [
+    (BertConfig(), 84_934_656, 108_893_186),
+    (HEADLINE, 22_248_960, 46_161_559),
+])
+def test_parameters_of_the_papers_models(config, linear, total):
+    embeddings = (30_522 + 512 + 2 + 2) * 768       # words, positions, types, a norm
+    qa_head = 2 * 768 + 2
+    assert count_parameters(of_ones(config)) == {
+        "linear": linear,
+        "linear_nonzero": linear,
+        "linear_dense": 84_934_656,
+        "encoder": total - embeddings - qa_head,
+        "total": total,
+        "bytes": 4 * total,
+    }
+
+
+def test_bytes_are_of_fp32_whatever_the_model_is_in():
+    assert count_parameters(tiny().double()) == count_parameters(tiny())
+
+
+def test_what_is_masked_counts_as_zero_and_scores_do_not_count():
     model = tiny()
     dense = count_parameters(model)
+    assert dense["linear_nonzero"] == dense["linear"]
     add_masks(model, "struct", "1x1")
     set_threshold(model, 0.1)
-    assert count_parameters(model) == dense and dense["linear_nonzero"] == dense["linear"]
-    layer, cut = model.bert.layers[0], 4 * 48 + 3 * 24  # a head of four matrices, three dimensions of two
+    assert count_parameters(model) == dense
+
+    layer = model.bert.layers[0]
     layer.attention.query.parametrizations.weight[0].scores.data[1] = DEAD
     layer.ffn.fc1.parametrizations.weight[0].scores.data[:3] = DEAD
-    assert count_parameters(model) == {**dense, "linear_nonzero": dense["linear"] - cut}
-    assert count_parameters(compact(model))["linear"] == dense["linear"] - cut
+    # A head is 4 · 12 weights in each of four matrices, a dimension 12 in each of two.
+    left = dense["linear"] - 4 * 48 - 3 * 24
+    assert count_parameters(model) == {**dense, "linear_nonzero": left}
+    assert count_parameters(compact(model))["linear"] == left
 
 
-def test_flops_by_hand_and_as_torch_counts_them():
-    # Multiply-adds: four projections of 8 tokens from 12 to 4, two products with 8 · 8 scores, FFN, QA head.
-    assert flops(UNEVEN, 8) == 2 * (4 * 8 * 12 * 4 + 2 * 8 * 8 * 4 + 2 * 8 * 12 * 5 + 8 * 12 * 2)
-    for config in (UNEVEN, BertConfig(**TINY), BertConfig(**TINY, heads=[2, 3], ffn=[0, 6])):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            BertForQuestionAnswering(config)(torch.zeros(1, 8, dtype=torch.long))
-        assert flops(config, 8) == counter.get_total_flops()
-    assert round(flops(BertConfig(), 384) / flops(HEADLINE, 384), 2) == 3.62  # 3.623
+# Of UNEVEN with 8 tokens: E is 12, and the first layer has one head of 4 and 5 dimensions.
+def test_flops_by_hand():
+    multiply_adds = 0
+    multiply_adds += 4 * 8 * 12 * 4         # query, key, value and out
+    multiply_adds += 2 * 8 * 8 * 4          # Q Kᵀ, and its product with V
+    multiply_adds += 2 * 8 * 12 * 5         # fc1 and fc2
+    multiply_adds += 8 * 12 * 2             # the QA head
+    assert flops(UNEVEN, 8) == 2 * multiply_adds
+
+
+@pytest.mark.parametrize("config", [
+    UNEVEN,
+    BertConfig(**TINY),
+    BertConfig(**TINY, heads=[2, 3], ffn=[0, 6]),
+])
+def test_flops_as_torch_counts_them(config):
+    model = BertForQuestionAnswering(config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert flops(config, 8) == counter.get_total_flops()
+
+
+def test_flops_of_the_papers_headline_model():
+    ratio = flops(BertConfig(), 384) / flops(HEADLINE, 384)
+    assert round(ratio, 2) == 3.62
 
 
 # ----------------------------------------------------------------------------------- the benchmark
