@@ -33,8 +33,8 @@ from train_squad import Config, Squad, add_masks, best_spans, write_results
 CASES = int(os.environ.get("FUZZ", 40))     # random models
 DEAD = -9.0                                 # a score that is pruned at τ = 0.1
 
-# All different, so that no axis stands in for another: layers 2, H 3, D 4, F 7, E 12, vocabulary 19,
-# T at most 9, types 5.
+# All different, so that no axis stands in for another: layers 2, H 3, D 4, F 7, E 12, vocabulary
+# 19, T at most 9, types 5.
 TINY = dict(vocab_size=19, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
             intermediate_size=7, max_position_embeddings=9, type_vocab_size=5)
 # One head and five dimensions in the first layer, nothing in the second.
@@ -1011,8 +1011,8 @@ def test_draw():
     ]
 
 
-# Blocks of 4 × 6 on the 12 × 12 of Q, K and V: 3 rows of 2 blocks. On O they are 6 × 4: 2 rows of 3.
-# The 7 dimensions are rows of fc1 and columns of fc2.
+# Blocks of 4 × 6 on the 12 × 12 of Q, K and V: 3 rows of 2 blocks. On O they are 6 × 4: 2 rows of
+# 3. The 7 dimensions are rows of fc1 and columns of fc2.
 def test_mask_rows():
     model = tiny()
     add_masks(model, "hybrid", "4x6")
@@ -1043,8 +1043,8 @@ def test_mask_rows():
     }
 
 
-# Of two layers of 4 · 144 + 2 · 84 = 744 weights, two heads of one matrix are zero, 48 weights each.
-# By the authors' rule a head goes where Q is empty, by ours where O is.
+# A layer has 4 · 144 + 2 · 84 = 744 weights. In one a head of O is zero, in the other a head of Q:
+# 48 weights each. By the authors' rule a head goes where Q is empty, by ours where O is.
 def test_sizes_of_results_json():
     model = without("Q")
     model.bert.layers[0].attention.out.weight.data[:, SECOND] = 0
