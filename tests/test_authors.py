@@ -1,21 +1,21 @@
 """Step by step, what the authors' own trainer computes.
 
-tests/golden/nn_pruning.json holds whole trainings of tiny BERTs by the authors' code, huggingface/nn_pruning
-at 0cef2b2: initial weights, batches and hyper-parameters, and of every step what came out. Here our model
-is built from the same weights and trained on the same batches with our own functions, and each of these
-must agree: thresholds, λ, penalty, losses, gradient norm and gradients, masks and bias masks, and at the
-end scores, weights, heads and widths.
+tests/golden/nn_pruning.json holds whole trainings of tiny BERTs by the authors' code,
+huggingface/nn_pruning at 0cef2b2: initial weights, batches and hyper-parameters, and of every step
+what came out. Here our model is built from the same weights and trained on the same batches with
+our own functions, and each of these must agree: thresholds, λ, penalty, losses, gradient norm and
+gradients, masks and bias masks, and at the end scores, weights, heads and widths.
 
-The cases: hybrid, block, unstructured and struct, 40 steps each, in fp64. Where we differ on purpose, the
-cases step around it, on one side or on the other:
+The cases: hybrid, block, unstructured and struct, 40 steps each, in fp64. Where we differ on
+purpose, the cases step around it, on one side or on the other:
     padding        their softmaxes include it, ours do not: the batches have none
     learning rate  theirs starts at 0, ours at 1/warm-up: both are constant here
-    AdamW          theirs adds ε before the bias correction: theirs was replaced by torch's, with ε 1e-3
+    AdamW          theirs adds ε before the bias correction: torch's took its place, with ε 1e-3
     struct         ours ties one score over the four matrices of a head: here they are scored apart
     the floor      theirs can keep 0.5 % of the blocks: it was set to 0
 
-That it can fail, with one line of blockprune.py or train_squad.py changed at a time; the first quantity
-that is off, and by how much, in the case hybrid if no other is named:
+That it can fail, with one line of blockprune.py or train_squad.py changed at a time; the first
+quantity that is off, and by how much, in the case hybrid if no other is named:
     the gradient of a score a mean over its block, not a sum     gradient of scores, step 0: 0.35
     σ′(S) in the straight-through gradient                       gradient of scores, step 0: 0.35
     W ⊙ M, not W, in the gradient of a score                     gradient norm, step 8: 9.7e-05
@@ -39,7 +39,8 @@ from blockprune import (mask_dimensions, mask_weight, masks, parameter_groups, p
 from compact import compact, heads_authors_rule
 from train_squad import Config, add_masks, lambda_at, loss_terms, threshold_at
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "nn_pruning.json").read_text(encoding="utf-8"))
+GOLDEN_PATH = Path(__file__).parent / "golden" / "nn_pruning.json"
+GOLDEN = json.loads(GOLDEN_PATH.read_text(encoding="utf-8"))
 TOLERANCE = 1e-9
 OUR_KIND = {"attention": "attention", "dense": "ffn"}      # the file's word for it: ours
 
@@ -54,7 +55,7 @@ def fp64(monkeypatch):
     torch.set_default_dtype(before)
 
 
-# ---------------------------------------------------------------------------- a case as a model of ours
+# -------------------------------------------------------------------- a case as a model of ours
 
 
 def full_name(name):
@@ -86,7 +87,8 @@ def build_model(case):
 def put_masks(model, case):
     """As train_squad.py does; Struct with independent scores, as the authors have it."""
     if case["method"] != "struct":
-        add_masks(model, case["method"], "x".join(map(str, case["block"])))
+        r, c = case["block"]
+        add_masks(model, case["method"], f"{r}x{c}")
         return
     E = model.config.hidden_size
     D = model.config.head_size
@@ -102,7 +104,8 @@ def masked_linears(model, case):
     modules = {}
     for ours, theirs in HF_NAMES.items():
         for layer in range(model.config.num_hidden_layers):
-            modules[full_name(theirs.format(layer))] = model.get_submodule(ours.format(layer))
+            name = full_name(theirs.format(layer))
+            modules[name] = model.get_submodule(ours.format(layer))
     return [modules[row["name"]] for row in case["linears"]]
 
 
@@ -142,9 +145,11 @@ def assert_masks_equal(step, linears, masks_there, bias_masks_there):
     """Every block and every output, exactly. In the file a mask is a string of 0 and 1."""
     for i, linear in enumerate(linears):
         blocks = weight_mask(linear).block_mask().flatten().tolist()
+        expected_blocks = [float(bit) for bit in masks_there[i]]
+        assert blocks == expected_blocks, f"mask {i} at step {step}"
         outputs = bias_mask(linear).tolist()
-        assert blocks == [float(bit) for bit in masks_there[i]], f"mask {i} at step {step}"
-        assert outputs == [float(bit) for bit in bias_masks_there[i]], f"bias mask {i} at step {step}"
+        expected_outputs = [float(bit) for bit in bias_masks_there[i]]
+        assert outputs == expected_outputs, f"bias mask {i} at step {step}"
 
 
 # ------------------------------------------------------------------------------------------- tests
@@ -157,7 +162,9 @@ def test_masks_lie_and_are_shared_as_theirs(name):
     put_masks(model, case)
     linears = masked_linears(model, case)
     scores = distinct_scores(linears)
-    assert {id(weight_mask(linear)) for linear in linears} == {id(mask) for mask in masks(model)}
+    # All masks of ours are on the modules of the file.
+    masks_of_linears = {id(weight_mask(linear)) for linear in linears}
+    assert masks_of_linears == {id(mask) for mask in masks(model)}
     assert len(scores) == len({row["scores"] for row in case["linears"]})
     for linear, row in zip(linears, case["linears"]):
         mask = weight_mask(linear)
@@ -181,7 +188,8 @@ def test_every_step_of_a_training_is_theirs(name):
     linears = masked_linears(model, case)
     scores = distinct_scores(linears)
     groups = parameter_groups(model, config.lr, config.score_lr, config.weight_decay)
-    optimizer = getattr(torch.optim, hyper["optimizer"])(groups, **hyper["options"])
+    optimizer_class = getattr(torch.optim, hyper["optimizer"])
+    optimizer = optimizer_class(groups, **hyper["options"])
     kind_weights = {"attention": config.attention_lambda, "ffn": config.ffn_lambda}
 
     model.train()
@@ -198,7 +206,8 @@ def test_every_step_of_a_training_is_theirs(name):
         teacher_logits = (batch["teacher_start"], batch["teacher_end"])
         ce, kd = loss_terms(student_logits, teacher_logits, batch, config.temperature)
         R = penalty(model, kind_weights)
-        loss = config.alpha_ce * ce + config.alpha_kd * kd + lam * R
+        loss = config.alpha_ce * ce + config.alpha_kd * kd
+        loss = loss + lam * R
         optimizer.zero_grad()
         loss.backward()
 
@@ -206,9 +215,11 @@ def test_every_step_of_a_training_is_theirs(name):
         gradients = expected["gradients"].get(str(step))
         if gradients is not None:
             for i, S in enumerate(scores):
-                assert_close(f"gradient of scores {i} at step {step}", S.grad, gradients["scores"][i])
+                what = f"gradient of scores {i} at step {step}"
+                assert_close(what, S.grad, gradients["scores"][i])
             for weight, values in gradients["weights"].items():
-                assert_close(f"gradient of {weight} at step {step}", weights[weight].grad, values)
+                what = f"gradient of {weight} at step {step}"
+                assert_close(what, weights[weight].grad, values)
         if str(step) in expected["masks"]:
             assert_masks_equal(step, linears, expected["masks"][str(step)],
                                expected["bias_masks"][str(step)])
@@ -223,16 +234,18 @@ def test_every_step_of_a_training_is_theirs(name):
 
     # After the last update, at the final τ.
     set_threshold(model, config.threshold)
-    assert_masks_equal("final", linears, expected["masks"]["final"], expected["bias_masks"]["final"])
+    final = expected["final"]
+    assert_masks_equal("final", linears, expected["masks"]["final"],
+                       expected["bias_masks"]["final"])
     for i, S in enumerate(scores):
-        assert_close(f"scores {i}", S, expected["final"]["scores"][i])
+        assert_close(f"scores {i}", S, final["scores"][i])
     effective = {full_name(name): tensor for name, tensor in hf_tensors(model).items()}
-    for weight, (total_sum, norm) in zip(case["weights"], expected["final"]["effective"], strict=True):
+    for weight, (total_sum, norm) in zip(case["weights"], final["effective"], strict=True):
         assert_close(f"sum of {weight}", effective[weight].sum(), total_sum)
         assert_close(f"norm of {weight}", effective[weight].norm(), norm)
-    assert heads_authors_rule(model) == expected["final"]["heads"]
+    assert heads_authors_rule(model) == final["heads"]
     widths = [max(1, width) for width in compact(model).config.ffn]     # they keep one at least
-    assert widths == expected["final"]["ffn"]
+    assert widths == final["ffn"]
 
 
 def test_the_schedule_of_the_paper_is_theirs():
@@ -240,6 +253,10 @@ def test_the_schedule_of_the_paper_is_theirs():
     schedule = GOLDEN["schedule"]
     hyper = schedule["hyper"]
     config = our_config(hyper)
+    total = hyper["steps"]
+    warmup = hyper["warmup"]
     for step, tau, lam in schedule["rows"]:
-        assert math.isclose(threshold_at(step, config, hyper["steps"], hyper["warmup"]), tau, abs_tol=1e-12)
-        assert math.isclose(lambda_at(step, config, hyper["steps"], hyper["warmup"]), lam, abs_tol=1e-10)
+        our_tau = threshold_at(step, config, total, warmup)
+        our_lambda = lambda_at(step, config, total, warmup)
+        assert math.isclose(our_tau, tau, abs_tol=1e-12)
+        assert math.isclose(our_lambda, lam, abs_tol=1e-10)
