@@ -1,8 +1,8 @@
 """blockprune.py in other people's training code: it does what they expect, or says why not.
 
 In order: torch.func; the precision of scores; what is never learned; which act may be cut; shared
-scores in checkpoints; layers with a gate; weights stored (in, out); tied weights; heads cut by hand;
-shards. Letters as in blockprune.py.
+scores in checkpoints; layers with a gate; weights stored (in, out); tied weights; heads cut by
+hand; shards. Letters as in blockprune.py.
 """
 import copy
 import io
@@ -26,10 +26,11 @@ def seed():
 
 
 def scatter(model, threshold=0.4):
-    """Spread each mask's scores over −2 … 2 in random order, so that some are dead and some alive."""
+    """Spread each mask's scores over −2 … 2 in random order: some are dead then, some alive."""
     for S in {id(mask.scores): mask.scores for mask in masks(model)}.values():
+        values = torch.linspace(-2, 2, S.numel())
         order = torch.randperm(S.numel())
-        S.data.copy_(torch.linspace(-2, 2, S.numel())[order].view_as(S))
+        S.data.copy_(values[order].view_as(S))
     set_threshold(model, threshold)
     return model
 
@@ -38,7 +39,13 @@ def scatter(model, threshold=0.4):
 
 
 def masked_net():
-    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 9), nn.GELU(), nn.Linear(9, 3))
+    net = nn.Sequential(
+        nn.Linear(5, 7),
+        nn.Tanh(),
+        nn.Linear(7, 9),
+        nn.GELU(),
+        nn.Linear(9, 3),
+    )
     mask_weight(net[0], (2, 3), kind="attention")
     mask_dimensions(net[2], net[4])
     return scatter(net)
@@ -123,7 +130,11 @@ def put_two_kinds(net):
 @pytest.mark.parametrize("change", [bf16_before, bf16_after, half_after, device_and_dtype_at_once,
                                     type_after, bf16_by_default])
 def test_scores_and_threshold_are_fp32_in_a_model_of_half_precision(change):
-    net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 9), nn.Linear(9, 3))
+    net = nn.Sequential(
+        nn.Linear(5, 7),
+        nn.Linear(7, 9),
+        nn.Linear(9, 3),
+    )
     change(net)
     set_threshold(net, 0.1)
     blocks, rows, columns = masks(net)
@@ -140,7 +151,9 @@ def test_scores_and_threshold_are_fp32_in_a_model_of_half_precision(change):
         penalty(net).backward()
         optimizer.step()
     assert_close(rows.scores, torch.full((9,), -2.01))
-    assert net(torch.randn(4, 5, dtype=net[0].weight.dtype)).dtype == net[0].weight.dtype
+    dtype = net[0].weight.dtype
+    x = torch.randn(4, 5, dtype=dtype)
+    assert net(x).dtype == dtype
 
 
 def test_half_precision_moves_scores_to_the_device_and_keeps_their_gradients():
@@ -181,7 +194,8 @@ def test_parameter_groups_refuse_where_every_score_is_frozen():
     # Some may be frozen, and a model may have no masks.
     net[0].parametrizations.weight[0].scores.requires_grad_(True)
     assert parameter_groups(net, 3e-5, score_lr=1e-2)[-1]["lr"] == 1e-2
-    assert len(parameter_groups(nn.Linear(5, 7).requires_grad_(False), 3e-5, score_lr=1e-2)) == 0
+    frozen = nn.Linear(5, 7).requires_grad_(False)
+    assert parameter_groups(frozen, 3e-5, score_lr=1e-2) == []
 
 
 @pytest.mark.parametrize("what", ["scores", "threshold"])
@@ -267,12 +281,17 @@ def test_cut_dimensions_takes_an_act_of_single_numbers(act, width):
     assert_close(fc2(act(fc1(x))), expected, rtol=0, atol=1e-12)
 
 
-# ---------------------------------------------------------------------- shared scores in checkpoints
+# -------------------------------------------------------------------- shared scores in checkpoints
 
 
 def tied_net():
     """Scores shared by hand by a fresh mask and a given one, and by mask_dimensions."""
-    net = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(5, 7), nn.Linear(7, 3)])
+    net = nn.ModuleList([
+        nn.Linear(6, 4),
+        nn.Linear(6, 4),
+        nn.Linear(5, 7),
+        nn.Linear(7, 3),
+    ])
     first = mask_weight(net[0], (2, 6))
     mask_weight(net[1], (2, 6), scores=first.scores)
     mask_dimensions(net[2], net[3])
@@ -306,7 +325,7 @@ def test_a_strict_load_keeps_shared_scores_tied():
     assert len({tensor.data_ptr() for tensor in twin.values()}) == len(twin)
 
 
-# --------------------------------------------------------------------------------- layers with a gate
+# ------------------------------------------------------------------------------ layers with a gate
 
 
 class Gated(nn.Module):
@@ -442,11 +461,14 @@ def test_mask_dimensions_refuses_weights_stored_in_out():
         mask_weight(nn.ConvTranspose2d(8, 8, 1), (1, 1), output_dim=0)
 
 
-# -------------------------------------------------------------------------------------- tied weights
+# ------------------------------------------------------------------------------------ tied weights
 
 
 def tied_lm():
-    net = nn.ModuleDict({"embedding": nn.Embedding(9, 5), "head": nn.Linear(5, 9, bias=False)})
+    net = nn.ModuleDict({
+        "embedding": nn.Embedding(9, 5),
+        "head": nn.Linear(5, 9, bias=False),
+    })
     net["head"].weight = net["embedding"].weight
     return net
 
@@ -461,7 +483,10 @@ def test_bake_refuses_to_untie_a_weight():
     # The way out that it names: a copy of its own for the other owner.
     net["embedding"].weight = nn.Parameter(net["embedding"].weight.clone())
     bake(net)
-    assert net["head"].weight.any(dim=1).sum() < 9 == net["embedding"].weight.any(dim=1).sum()
+    rows_of_head = net["head"].weight.any(dim=1)
+    rows_of_embedding = net["embedding"].weight.any(dim=1)
+    assert rows_of_head.sum() < 9
+    assert rows_of_embedding.sum() == 9
 
 
 def test_tied_weights_masked_alike_are_one_parameter_afterwards():
@@ -509,12 +534,14 @@ def attend(x, query, key, value, out, heads):
 @pytest.mark.parametrize("bias", [True, False])
 def test_heads_of_four_plain_linears_are_cut_exactly(bias):
     """Five heads of size 2: one without values, one that nobody reads, three that stay."""
-    query, key, value = [nn.Linear(7, 10, bias=bias).double() for _ in range(3)]
+    query = nn.Linear(7, 10, bias=bias).double()
+    key = nn.Linear(7, 10, bias=bias).double()
+    value = nn.Linear(7, 10, bias=bias).double()
     out = nn.Linear(10, 4, bias=bias).double()
     x = torch.randn(3, 6, 7).double()
     value.weight.data[2:4] = 0          # head 1: its values are their bias, at every token
     out.weight.data[:, 6:8] = 0         # head 3
-    key.weight.data[0:2] = 0            # head 0: attention is uniform, the head adds a mean: it stays
+    key.weight.data[0:2] = 0            # head 0: uniform attention still adds a mean: it stays
     out.weight.data[:, 8:9] = 0         # head 4: half of it is left, it stays
     expected = attend(x, query, key, value, out, heads=5)
     rows = query.weight[[0, 1, 4, 5, 8, 9]].clone()
@@ -528,7 +555,9 @@ def test_heads_of_four_plain_linears_are_cut_exactly(bias):
 
 
 def test_a_constant_of_heads_makes_a_bias_where_out_had_none():
-    query, key, value = [nn.Linear(7, 4).double() for _ in range(3)]
+    query = nn.Linear(7, 4).double()
+    key = nn.Linear(7, 4).double()
+    value = nn.Linear(7, 4).double()
     out = nn.Linear(4, 3, bias=False).double()
     x = torch.randn(3, 6, 7).double()
     value.weight.data[0:2] = 0
@@ -563,4 +592,6 @@ def test_density_and_penalty_are_of_the_full_tensor():
     assert density(layer)["all"] == pytest.approx(2 / 3)
     assert_close(penalty(layer), whole.sigmoid().mean())
     penalty(layer).backward()
-    assert_close(whole.grad, whole.detach().sigmoid() * (1 - whole.detach().sigmoid()) / 3)
+    # Of the mean of three σ(S): σ′ = σ (1 − σ), divided by three.
+    sigma = whole.detach().sigmoid()
+    assert_close(whole.grad, sigma * (1 - sigma) / 3)
