@@ -1,23 +1,34 @@
-"""Only four of the sixteen blocks of an MLP's first layer matter; the learned mask finds them."""
+"""A layer has sixteen blocks of weights, but only four matter. The learned mask finds them."""
 import torch
-from blockprune import bake, mask_weight, parameter_groups, penalty, set_threshold, threshold_schedule
+from torch import nn
+import blockprune
 
+# The data: what a network gives whose first weight is 0 outside of four blocks of 8 × 8.
 torch.manual_seed(0)
 planted = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
-W = torch.randn(32, 32) * planted.repeat_interleave(8, 0).repeat_interleave(8, 1)
-x, readout = torch.randn(512, 32), torch.nn.Linear(32, 16).requires_grad_(False)
+useful = planted.repeat_interleave(8, dim=0).repeat_interleave(8, dim=1)    # (32, 32)
+W = torch.randn(32, 32) * useful
+x = torch.randn(512, 32)
+readout = nn.Linear(32, 16).requires_grad_(False)
 y = readout(torch.relu(x @ W.T))
-model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), readout)
+model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), readout)
 
-mask = mask_weight(model[0], (8, 8))                                            # 1
-optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-2, score_lr=3e-2))   # 2
+# 1. Before the optimiser is made: a mask with one score for each block of the first weight.
+mask = blockprune.mask_weight(model[0], (8, 8))
+# 2. Scores get a learning rate of their own.
+optimizer = torch.optim.Adam(blockprune.parameter_groups(model, lr=1e-2, score_lr=3e-2))
 for step in range(400):
-    tau = threshold_schedule(step, 400, flat_start=20, flat_end=200)
-    set_threshold(model, tau)                                                   # 3
-    loss = torch.nn.functional.mse_loss(model(x), y)
+    # 3. The threshold τ rises from 0 to 0.1. A block is masked where σ(score) ≤ τ.
+    tau = blockprune.threshold_schedule(step, 400, flat_start=20, flat_end=200)
+    blockprune.set_threshold(model, tau)
+    loss = nn.functional.mse_loss(model(x), y)
+    # 4. The penalty pushes all scores down, the loss keeps useful ones up. λ = 10 τ rises to 1.
+    objective = loss + 10 * tau * blockprune.penalty(model)
     optimizer.zero_grad()
-    (loss + 10 * tau * penalty(model)).backward()                               # 4: λ = 1 at the final τ of 0.1
+    objective.backward()
     optimizer.step()
-found = mask.block_mask().int()
-bake(model)                                                                     # 5: plain modules again
-print(f"planted: {planted.tolist()}\nfound:   {found.tolist()}\nerror: {loss / y.var():.4f} of the variance")
+print("planted:", planted.tolist())
+print("found:  ", mask.block_mask().int().tolist())
+print(f"error: {loss / y.var():.4f} of the variance")
+# 5. Masked blocks become zeros, and the layer is a plain nn.Linear again.
+blockprune.bake(model)
