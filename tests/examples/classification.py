@@ -1,8 +1,8 @@
 """Fine-prune a text classifier that is made of torch.nn.TransformerEncoder.
 
-The paper's case of MNLI, QQP and SST-2, in small: which of four marks is in a sentence of 16 tokens?
-The method is Hybrid: blocks in attention, inner dimensions in the feed-forward layers. More than
-half of the weights go, and the accuracy stays.
+The paper's case of MNLI, QQP and SST-2, in small: which of four marks is in a sentence of 16
+tokens? The method is Hybrid: blocks in attention, inner dimensions in the feed-forward layers. More
+than half of the weights go, and the accuracy stays.
 
 The feed-forward layers really get smaller. Attention keeps its size and has zeros instead:
 nn.MultiheadAttention cuts one matrix evenly among all heads, and so cannot lose one. To be faster
