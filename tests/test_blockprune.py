@@ -4,8 +4,8 @@ In its order: the mask; putting masks on; what a training loop asks for; from ma
 zeros to smaller matrices; what is refused. Sizes are small and all different: a transposed axis
 cannot hide.
 
-Letters as in blockprune.py: S scores, W a weight of R × C, r × c the block, M the mask on the weight,
-σ the sigmoid, τ the threshold, H heads of size D. W′ = W ⊙ M, and G = dL/dW′.
+Letters as in blockprune.py: S scores, W a weight of R × C, r × c the block, M the mask on the
+weight, σ the sigmoid, τ the threshold, H heads of size D. W′ = W ⊙ M, and G = dL/dW′.
 """
 import copy
 import io
@@ -109,7 +109,7 @@ def test_a_mask_by_hand():
     set_threshold(mask, 0.1)
     mask.scores.data = torch.tensor([[0, DEAD], [DEAD, 0]])
     assert mask.block_mask().tolist() == [[1, 0], [0, 1]]
-    # Each entry of that fills 2 × 2 weights; the third row of blocks' weights would be a fourth.
+    # Each entry of that fills 2 × 2 weights. A fourth row is cut off, since the weight has three.
     assert mask.weight_mask().tolist() == [
         [1, 1, 0, 0],
         [1, 1, 0, 0],
@@ -171,7 +171,7 @@ def test_the_gradient_of_the_step_is_the_identity():
 
 
 def test_gradients_by_hand():
-    # W = (1, 2 | 3, 4) in two blocks, of which the second is pruned. L is linear in W′, so that G is
+    # W = (1, 2 | 3, 4) in two blocks, of which the second is pruned. L = x · W′, so that G is x,
     # (10, 20 | 30, 40).
     layer = nn.Linear(4, 1, bias=False)
     layer.weight.data = torch.tensor([[1.0, 2, 3, 4]])
@@ -250,17 +250,18 @@ def test_no_gradient_goes_from_a_bias_to_the_scores():
     assert to_bias.tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("module", ["no bias", "bias is None"])
-def test_a_bias_that_is_absent_or_none_is_skipped(module):
-    if module == "no bias":
-        layer = nn.Embedding(7, 5)
-    else:
-        layer = nn.Linear(5, 7, bias=False)
+def test_a_bias_that_is_none_is_skipped():
+    layer = nn.Linear(5, 7, bias=False)
+    mask_weight(layer, (2, 3))
+    assert list(layer.parametrizations) == ["weight"]
+
+
+def test_a_module_need_not_have_a_bias():
+    layer = nn.Embedding(7, 5)
     mask = mask_weight(layer, (7, 1))
     mask.scores.data[0, 2] = DEAD
     set_threshold(layer, 0.1)
     assert layer.weight.any(dim=0).tolist() == [True, True, False, True, True]
-    assert list(layer.parametrizations) == ["weight"]
 
 
 # Saved, copied and converted; in lower precision.
@@ -361,7 +362,7 @@ def test_a_convolution_is_a_matrix_of_out_by_in_kh_kw():
 
 
 def masked_multihead_attention():
-    """Three heads of size 2, of which query 2 and value 1 are pruned; and the same without masks."""
+    """Three heads of size 2, with query 2 and value 1 pruned, and its like with zeros in place."""
     attention = nn.MultiheadAttention(6, 3)
     nn.init.normal_(attention.in_proj_bias)
     plain = copy.deepcopy(attention)
@@ -503,7 +504,7 @@ def test_a_dimension_of_two_convolutions_is_a_channel():
 
 
 def masked_bert_base(block, dimensions, tied):
-    """12 layers of query, key, value, out, fc1 and fc2, on the meta device, which holds no numbers."""
+    """12 layers of query, key, value, out, fc1 and fc2, on the meta device: shapes, no numbers."""
     net = nn.ModuleList()
     for _ in range(12):
         attention = [nn.Linear(768, 768, device="meta") for _ in range(4)]
@@ -526,12 +527,17 @@ def masked_bert_base(block, dimensions, tied):
     return net
 
 
-# Blocks of 32 × 32: 24 · 24 in 768 × 768, 96 · 24 in 3072 × 768. Heads: 12 in a matrix.
+# 32 × 32: 24 · 24 blocks in 768 × 768, 96 · 24 in 3072 × 768.     64 × 768: 12 heads in a matrix.
+#
+#     hybrid          12 · (4 · 24 · 24 + 3072)            = 64,512
+#     block           12 · (4 · 24 · 24 + 2 · 96 · 24)     = 82,944
+#     struct          12 · (4 · 12 + 3072)                 = 37,440
+#     struct, tied    12 · (12 + 3072)                     = 37,008
 @pytest.mark.parametrize("block, dimensions, tied, tensors, scores", [
-    pytest.param((32, 32), True, False, 12 * 5, 12 * (4 * 24 * 24 + 3072), id="hybrid"),
-    pytest.param((32, 32), False, False, 12 * 6, 12 * (4 * 24 * 24 + 2 * 96 * 24), id="block"),
-    pytest.param((64, 768), True, False, 12 * 5, 12 * (4 * 12 + 3072), id="struct"),
-    pytest.param((64, 768), True, True, 12 * 2, 12 * (12 + 3072), id="struct, tied"),
+    pytest.param((32, 32), True, False, 12 * 5, 64_512, id="hybrid"),
+    pytest.param((32, 32), False, False, 12 * 6, 82_944, id="block"),
+    pytest.param((64, 768), True, False, 12 * 5, 37_440, id="struct"),
+    pytest.param((64, 768), True, True, 12 * 2, 37_008, id="struct, tied"),
 ])
 def test_score_counts_of_bert_base(block, dimensions, tied, tensors, scores):
     net = masked_bert_base(block, dimensions, tied)
@@ -665,11 +671,15 @@ def test_the_gradient_of_the_penalty_by_hand():
 
 
 def test_shared_scores_count_once_in_the_penalty():
+    # Four masks share S, a fifth has scores of its own: two tensors of one kind.
     net, S = masked_heads()
-    other = mask_weight(nn.Linear(4, 2), (1, 4)).scores
-    assert other.numel() == 2
+    other = nn.Linear(4, 2)
+    own = mask_weight(other, (1, 4)).scores
+    net.append(other)
     scatter(net)
-    assert_close(penalty(net), S.sigmoid().mean())
+    S.data.add_(1)
+    expected = (S.sigmoid().mean() + own.sigmoid().mean()) / 2
+    assert_close(penalty(net), expected)
 
 
 # Optimiser groups.
@@ -682,7 +692,8 @@ def ids(parameters):
 def test_groups_are_matrices_vectors_and_scores():
     net = put_masks(small_net())
     matrices, vectors, scores = parameter_groups(net, 3e-5, score_lr=1e-2)
-    assert ids(matrices["params"]) == ids([original(net[0]), original(net[2]), original(net[4])])
+    weights = [original(net[0]), original(net[2]), original(net[4])]
+    assert ids(matrices["params"]) == ids(weights)
     assert len(vectors["params"]) == 3 + 2                      # biases; gain and bias of the norm
     assert all(vector.dim() == 1 for vector in vectors["params"])
     assert set(ids(scores["params"])) == {id(mask.scores) for mask in masks(net)}
@@ -706,6 +717,9 @@ def test_scores_have_a_rate_of_their_own_and_no_decay():
     # AdamW's own default is a decay of 0.01.
     optimizer = torch.optim.AdamW(groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0, 0]
+
+
+# What is kept.
 
 
 def test_density_by_hand():
@@ -866,11 +880,11 @@ def test_of_two_copies_one_is_baked_and_the_other_stays_masked(which):
     x = torch.randn(4, 5)
     pruned = net(x).detach()
     if which == "copy":
-        bake(twin)
-        plain, masked = twin, net
+        plain = bake(twin)
+        masked = net
     else:
-        bake(net)
-        plain, masked = net, twin
+        plain = bake(net)
+        masked = twin
     assert len(list(masks(masked))) == 3
     assert torch.equal(masked(x), pruned)
     masked(x).sum().backward()
@@ -912,8 +926,8 @@ def linear_of(weight, bias):
 
 def test_heads_are_cut_by_hand():
     # Three heads of size 2. Head 0 has one row of value left, so it stays.
-    # Head 1: value's rows are 0, so that it is its biases 6 and 7 and adds 10 · 6 + 20 · 7 = 200.
-    # Head 2: columns of out are 0, so that it adds nothing.
+    # Head 1: the rows of value are 0. Its values are the biases, and it adds 10 · 6 + 20 · 7 = 200.
+    # Head 2: the columns of out are 0, so that it adds nothing.
     query = nn.Linear(1, 6)
     key = nn.Linear(1, 6)
     value = linear_of([[1.0], [0], [0], [0], [3], [4]], [4.0, 5, 6, 7, 8, 9])
@@ -933,13 +947,19 @@ def test_heads_are_cut_by_hand():
 def test_a_head_with_an_empty_query_stays():
     """Its attention is uniform, and so it still adds the mean of V."""
     query = nn.Linear(3, 4)
+    key = nn.Linear(3, 4)
+    value = nn.Linear(3, 4)
+    out = nn.Linear(4, 5)
     query.weight.data[2:] = 0
-    assert cut_heads(query, nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 5), head_size=2) == 2
+    assert cut_heads(query, key, value, out, head_size=2) == 2
+    assert query.weight.shape == (4, 3)
 
 
 def test_dimensions_are_cut_by_hand():
-    # Dimension 0 stays. Dimension 1: the row of fc1 is 0, and it adds relu(6) · (10, 20) = (60, 120).
-    # Dimension 2 adds relu(−7) = 0 for the same reason. Dimension 3: the column of fc2 is 0.
+    # Dimension 0 stays.
+    # Dimension 1: the row of fc1 is 0, so that it adds relu(6) · (10, 20) = (60, 120).
+    # Dimension 2: its row is 0 as well, and it adds relu(−7) = 0.
+    # Dimension 3: the column of fc2 is 0, so that it adds nothing.
     fc1 = linear_of([[1.0, 2], [0, 0], [0, 0], [3, 4]], [5.0, 6, -7, 8])
     fc2 = linear_of([[1.0, 10, 30, 0], [2, 20, 40, 0]], [100.0, 200])
 
