@@ -22,10 +22,11 @@ marked with a +:
         loss = task_loss(model, batch)
         loss = loss + final_lambda * tau / 0.1 * penalty(model)                 # + 0.1: the final τ
         loss.backward(); optimizer.step(); optimizer.zero_grad()
-    bake(model)                                                                 # + W is W ⊙ M(S)
-    for layer in model.layers:                                                  # + gone for real
-        layer.heads = cut_heads(layer.query, layer.key, layer.value, layer.out, head_size=64)
-        cut_dimensions(layer.fc1, layer.fc2, act)
+    bake(model)                                                                 # + W becomes W ⊙ M
+    for layer in model.layers:                                                  # + what is empty is
+        layer.heads = cut_heads(layer.query, layer.key, layer.value,            # + really removed
+                                layer.out, head_size=64)
+        cut_dimensions(layer.fc1, layer.fc2, act)                               # +
 
 Letters:
     W    a weight matrix, R × C = (out, in)      σ    the sigmoid
@@ -35,8 +36,9 @@ Letters:
     H    heads of size D                         F    inner dimensions of a feed-forward layer
     E    hidden size
 
-In comments and docstrings, "Paper:" is the authors' method, "Note:" our remark, and "Differs:" a
-deviation. Left out, since the paper's final models do not use them: top-k, L0 and magnitude masks.
+In comments and docstrings, "Paper:" is the authors' method, "Note:" our remark, "Differs:" where we
+deviate, and "Source:" where to look it up. Left out, since the paper's final models do not use
+them: top-k, L0 and magnitude masks.
 """
 import math
 import warnings
@@ -58,10 +60,10 @@ class StraightThrough(torch.autograd.Function):
         dL/dS = Σ over the block of dL/dW′ ⊙ W        (Sanh et al. 2020, eq. (2))
         dL/dW = dL/dW′ ⊙ M
 
-    Descent would move W′ by −dL/dW′. Where that is toward zero, dL/dW′ ⊙ W is positive and S falls;
-    where it is away from zero, S rises: "movement pruning". The gradient of S has W in it, not W′.
-    So the score of a pruned block keeps learning, and the block can come back (its weights do not
-    move meanwhile).
+    Descent moves W by −dL/dW′. Where this step shrinks |W|, dL/dW′ ⊙ W is positive and S falls;
+    where it grows |W|, S rises: "movement pruning". The gradient of S has W in it, not W′. So the
+    score of a pruned block keeps learning, and the block can come back (its weights get no gradient
+    meanwhile).
     Source: [R:modules/binarizer.py].
     """
 
@@ -72,10 +74,12 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        # Paper: without the factor σ′(S). The sum over a block comes from repeating M to W's size.
+        # Paper: the gradient is not multiplied by σ′(S). The sum over a block needs no line here:
+        # M is repeated over its block in weight_mask(), and autograd sums what comes back.
         return grad, None
 
-    # torch.func (grad, vmap) needs these two: the gradient keeps nothing of the forward pass.
+    # A forward() without ctx, and torch.func (grad, vmap), need these two. Nothing is kept for the
+    # gradient.
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         pass
@@ -88,8 +92,8 @@ class BlockMask(nn.Module):
 
     A weight of more than two dimensions is seen as the matrix `weight.flatten(1)`; a convolution is
     (out, in · kh · kw). Blocks need not divide the matrix: those at its edge are smaller.
-    Differs: the reference asserts exact division, and can keep a minimum of blocks whatever their
-    scores are, 0.5 % by default. We have no minimum.
+    Differs: the reference asserts exact division. By default it keeps at least 0.5 % of the blocks,
+    whatever their scores are; here all may go.
 
     shape: (R, C) of the matrix.
     block: (r, c) with 1 ≤ r ≤ R and 1 ≤ c ≤ C.
@@ -152,11 +156,11 @@ class BlockMask(nn.Module):
         masked = weight.flatten(1) * mask               # W′ = W ⊙ M(S), (R, C)
         return masked.view_as(weight)
 
-    # Two guards. model.half() and its like come through here, and would make scores fp16.
+    # A guard: model.half() and its like come through here, and would make scores fp16.
     def _apply(self, fn, recurse: bool = True):
         return super()._apply(_at_least_fp32(fn), recurse)
 
-    # safetensors refuses tensors that share memory, as shared scores do: a copy is saved of them.
+    # A guard: safetensors refuses tensors that share memory, as shared scores do. We save a copy.
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.scores_are_given and not keep_vars:
@@ -179,12 +183,12 @@ class BiasMask(nn.Module):
     def forward(self, bias: Tensor) -> Tensor:
         mask = self._mask[0]
         outputs = mask.shape[self.output_dim]
-        rows_per_block = mask.block[self.output_dim]
-        # Shapes are for output_dim 0. 1 where a row of blocks has any block left:
+        outputs_per_block = mask.block[self.output_dim]
+        # In this row of blocks, is any block left? (The shapes assume that outputs are rows.)
         alive = mask.block_mask().detach()                  # (⌈R/r⌉, ⌈C/c⌉)
         alive = alive.amax(dim=1 - self.output_dim)         # (⌈R/r⌉,)
-        # And for each output, as in weight_mask():
-        alive = alive[:, None].expand(-1, rows_per_block).reshape(-1)
+        # The same for each output, as in weight_mask().
+        alive = alive[:, None].expand(-1, outputs_per_block).reshape(-1)
         alive = alive[:outputs]                             # (R,)
         return bias * alive.to(bias.dtype)
 
@@ -205,8 +209,8 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
     weight, bias: the names of the two parameters. A bias that is absent or None is skipped, and
         bias="" leaves it without a mask.
     output_dim: the dimension of the weight that holds the outputs: 0 where weights are (out, in),
-        as in torch; 1 where they are (in, out), as in GPT-2. By default 0, and an error for modules
-        that are known to store (in, out).
+        as in torch; 1 where they are (in, out), as in GPT-2. By default 0, and an error where a
+        module with a bias is known to store (in, out).
     scores, kind: see BlockMask.
     Returns the mask. Raises ValueError, with nothing changed, where something does not fit.
     """
@@ -296,10 +300,11 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
         of a kind   1/N Σ over its N score tensors of mean σ(S)
         penalty     1/K Σ over the K kinds of λ_kind · that
 
-    Three means, one in the other: a large matrix weighs no more than a small one, and so one score
-    of many weighs less than one of few. Scores that masks share are one tensor, counted once. The
-    push on one score is λ · λ_kind · σ′(S) / (K · N · number of its tensor's scores). Therefore λ
-    must be found anew for each model; and since σ′ fades as S falls, a block can come back.
+    Three means, one in the other: a large matrix weighs no more than a small one, so that each of
+    its many scores is pushed less. Scores that masks of a kind share are one tensor, counted once.
+    The push on one score is λ · λ_kind · σ′(S) / (K · N · number of its tensor's scores). Therefore
+    λ must be found anew for each model. The push fades with σ′ as S falls: so a low score does not
+    sink for ever, and its block can come back.
 
     weights: λ_kind by kind, 1 where not given. If all are 1 the penalty starts at 0.5.
     Source: [R:patch_coordinator.py], regularization_loss; σ is in [R:modules/masked_nn.py].
@@ -334,8 +339,8 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
 
     Paper: scores learn at 1e-2, weights at 3e-5; one learning-rate schedule and one gradient clip
     act on all of them ([R:patch_coordinator.py], create_optimizer_groups; [R:sparse_trainer.py]).
-    Note: scores must not decay toward 0, that is toward being kept. Their 0 is written out, because
-    AdamW's default is 0.01.
+    Note: scores must not decay toward 0, that is toward being kept. So their weight_decay of 0 is
+    written out: AdamW's default is 0.01.
     score_lr: None trains the weights alone; otherwise ValueError where every score is frozen.
     """
     if score_lr is not None:
@@ -415,7 +420,7 @@ def bake(model: nn.Module) -> nn.Module:
     _check_tied(model, masked_modules)
     _warn_if_nothing_is_pruned(model)
 
-    baked: Dict[Tensor, nn.Parameter] = {}      # W → W ⊙ M(S): tied weights have one of both
+    baked: Dict[Tensor, nn.Parameter] = {}      # W → W ⊙ M(S): tied modules share both
     for module in masked_modules:
         # 1. Read the values as the module sees them: W ⊙ M(S), and the masked bias.
         values = {}
@@ -454,7 +459,8 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
 
     The constant goes into the bias of `out`, in fp64. Exact without dropout of attention weights.
     Differs: the reference removes a head as soon as query, key or value is empty. With an empty
-    query or key attention is uniform, but the head still adds the mean of V: here it stays.
+    query (its bias is 0 too) or key attention is uniform, but the head still adds the mean of V:
+    here it stays.
     Raises ValueError where the linears are not plain, or do not fit each other.
     """
     _check_heads(query, key, value, out, head_size)
@@ -504,7 +510,8 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
     W2 = fc2.weight.double()                                    # (out, F)
     b1 = _bias_or_zeros(fc1)                                    # (F,)
     # A dimension is needed where its activation varies, and its column of W2 has something in it.
-    varies = fc1_varies = (W1 != 0).any(dim=1)                  # (F,)
+    fc1_varies = (W1 != 0).any(dim=1)                           # (F,)
+    varies = fc1_varies
     # A product varies where one of its factors does, unless the other is 0 for certain.
     if gate is not None:
         b_gate = _bias_or_zeros(gate)
@@ -571,13 +578,13 @@ def _score_dtype() -> torch.dtype:
 
 
 def _at_least_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """fn, which moves or converts a tensor, without the loss of precision.
+    """fn, which moves or converts a tensor, with fp32 as the least precise result.
 
-    A step under 0.0078 does not move a bf16 score near −2: its neighbours are 0.0156 away.
+    A step under 0.0078 does not move a bf16 score of −2.2: its neighbours are 0.0156 away.
     """
     def exact_fn(tensor: Tensor) -> Tensor:
         converted = fn(tensor)
-        # Of fp16 and bf16 only the move to the device is taken.
+        # fp16 and bf16 become fp32, on the device that fn moves to.
         if converted.is_floating_point() and converted.element_size() < 4:
             return tensor.to(converted.device, torch.float32)
         return converted
@@ -708,7 +715,7 @@ def _warn_if_nothing_is_pruned(model: nn.Module) -> None:
         pruned = pruned or not mask.block_mask().all()
     if not thresholds:
         return
-    # Scores start at 0. Where all are still there, or τ is, training never reached the masks.
+    # Training never reached the masks if all scores, or a τ, are still 0, where they start.
     untouched = min(lowest) == max(highest) == 0
     if min(thresholds) == 0 or untouched or not pruned:
         warnings.warn(

@@ -36,7 +36,7 @@ from bert import (BertConfig, BertForQuestionAnswering, hf_tensors, load_model, 
 
 @torch.no_grad()
 def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
-    """A smaller model with the same function: in eval mode, for rows with at least one real token.
+    """A smaller model with the same function: in eval mode, on inputs with at least one real token.
 
     model: masked, baked, dense or compacted, of finite weights; it is left as it is. What adds
     nothing or a constant is cut, and the constant goes into the bias that follows.
@@ -92,8 +92,8 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batc
           best_spans) -> tuple[float, float]:
     """Both models on the same batches: the largest |Δ logit| at a real token, and what is allowed.
 
-    Allowed is 1e-5 · max(1, max |logit|), and another best span only where the two are nearer to
-    each other than twice that. Raises ValueError otherwise.
+    Allowed is 1e-5 · max(1, max |logit|). Where the best span is another one, the first model must
+    score the two within twice that. Raises ValueError otherwise.
     batches: dicts with ids, types, real, context, each (B, T). best_spans(start, end, context)
     gives the best span's score, first and last position, each (B,).
     """

@@ -55,7 +55,10 @@ from bert import (TOKENIZER_FILES, BertForQuestionAnswering, folder_sha256, load
 
 @dataclasses.dataclass
 class Config:
-    """Every setting. A field is a flag, its comment the help; None: settle() fills it in."""
+    """Every setting. A field is a flag, its comment the help.
+
+    None: settle() fills it in, where the comment does not say otherwise.
+    """
     data: str = "data/squad"            # folder of train-v1.1.json, dev-v1.1.json; or builtin
     init: str = "weights/minilm"        # model folder to start from
     out: str = "runs/dense"             # run folder to write
@@ -78,19 +81,19 @@ class Config:
     lr: float | None = None             # of the weights, at its peak; paper: 3e-5
     score_lr: float | None = None       # of the scores, at its peak; paper: 1e-2
     warmup_steps: int | None = None     # None: 5 % of the run, 10 in a fill; paper: 5,400, 10
-    initial_warmup: float = 1           # times warmup_steps τ stays 0 [R:command_line.py]
-    final_warmup: float = 10            # times warmup_steps it stays final [R:parameters.json]
+    initial_warmup: float = 1           # τ is 0 for this · warmup_steps [R:command_line.py]
+    final_warmup: float = 10            # and final for this · warmup_steps [R:parameters.json]
     threshold: float = 0.1              # final τ: a block is pruned at σ(S) ≤ τ [R:command_line.py]
     final_lambda: float | None = None   # λ at the final τ: the higher, the less is kept
-    attention_lambda: float | None = None   # factor on λ for attention; 1, for struct 0.05
-    ffn_lambda: float | None = None     # factor on λ for the feed-forward layers; 1
+    attention_lambda: float | None = None   # factor on λ for attention; else 1, for struct 0.05
+    ffn_lambda: float | None = None     # factor on λ for the feed-forward layers; else 1
     alpha_ce: float = 0.1               # of the cross entropy, with a teacher [R:command_line.py]
     alpha_kd: float = 0.9               # of the distillation [R:command_line.py]
     temperature: float = 2              # of the distillation [R:patch_coordinator.py]
     attention_dropout: float | None = None  # paper: 0.1. Differs: 0, for speed on a CPU
     weight_decay: float = 0             # of matrices; paper: 0
     clip: float = 1                     # largest norm of all gradients together; paper: 1
-    precision: str | None = None        # {bf16,fp32}; None: bf16 where the machine multiplies in it
+    precision: str | None = None        # {bf16,fp32}; None: bf16 where the hardware has it
     device: str | None = None           # {cpu,cuda,mps}; None: a GPU that works, else the CPU
     log_every: int = 20                 # steps
     checkpoint_every: int = 300         # seconds
@@ -133,7 +136,7 @@ def add_masks(model: BertForQuestionAnswering, method: str, block: str) -> None:
             blockprune.mask_weight(linear, (r, c), scores=head_scores, kind="attention")
         blockprune.mask_weight(attention.out, (c, r), scores=head_scores, kind="attention")
 
-        # Feed-forward: one score for each inner dimension, or blocks as in attention.
+        # Feed-forward: one score for each inner dimension, or blocks of r × c in both matrices.
         if method in ("hybrid", "struct"):
             blockprune.mask_dimensions(ffn.fc1, ffn.fc2, kind="ffn")
         else:
@@ -149,8 +152,8 @@ def loss_terms(student_logits, teacher_logits, batch: dict,
 
     Both are means over the batch and over start and end; the KL is a sum over positions.
     student_logits, teacher_logits: pairs (start, end), each (B, T). Without a teacher (None) the
-    distillation is 0. Differs: over real tokens, so that a row's loss does not depend on its
-    batch-mates. In the reference padding takes part in both softmaxes.
+    distillation is 0. Differs: all softmaxes are over real tokens alone, so that a row's loss does
+    not depend on its batch-mates. In the reference padding takes part in them.
     """
     def log_softmax(logits):
         # −∞ would make 0 · ∞, a NaN, of the KL; this has probability 0 as well.
@@ -196,7 +199,7 @@ def threshold_at(step: int, config: Config, total: int, warmup: int) -> float:
 def lambda_at(step: int, config: Config, total: int, warmup: int) -> float:
     """λ of a step. Paper: it follows τ.
 
-    Note: so, while nothing can be pruned yet, nothing is pushed down.
+    Note: so, while nothing can be pruned yet, the penalty pushes nothing down.
     """
     return config.final_lambda * threshold_at(step, config, total, warmup) / config.threshold
 
@@ -274,7 +277,7 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
             group["lr"] = group["peak_lr"] * factor
         optimizer.step()
 
-        # The log, and a checkpoint from which an interrupted run goes on to the same bits.
+        # The log, and a checkpoint: from there a stopped run ends with the same bits as this one.
         done = step + 1
         now = time.monotonic()
         if done % config.log_every == 0 or done == total:
@@ -329,14 +332,15 @@ def plan(config: Config, windows: int) -> tuple[int, int]:
     # A schedule in which τ cannot rise is refused here, before anything is trained.
     threshold_at(0, config, total, warmup)
     # Note: Adam moves a score by about its learning rate a step, so the sum of these bounds how far
-    # it can fall. A block is pruned at logit(τ), −2.2 for 0.1; with less than 0.8 to spare few are.
-    furthest = config.score_lr * sum(learning_rate_factor(t, total, warmup) for t in range(total))
+    # it can fall from 0. A block is pruned at logit(τ), −2.2 for 0.1. Few are, if the lowest score
+    # within reach is less than 0.8 below that.
+    lowest = -config.score_lr * sum(learning_rate_factor(t, total, warmup) for t in range(total))
     pruned_at = math.log(config.threshold / (1 - config.threshold))
-    needed = 0.8 - pruned_at
-    if furthest < needed:
+    needed = pruned_at - 0.8
+    if lowest > needed:
         raise ValueError(f"nothing could be pruned: in {total} steps scores fall to about "
-                         f"-{furthest:.2f}, and a block goes at {pruned_at:.2f}; reach "
-                         f"-{needed:.2f} with more --epochs or a higher --score-lr")
+                         f"{lowest:.2f}, and a block goes at {pruned_at:.2f}; reach "
+                         f"{needed:.2f} with more --epochs or a higher --score-lr")
     return total, warmup
 
 
@@ -374,11 +378,12 @@ def refill(model: BertForQuestionAnswering) -> None:
 
         0  ↦  N(0, 1) · 0.01 · std(W) + mean(W), over the whole tensor W
 
-    A point of zeros has poor gradients. Source: [R:sparse_xp.py], unzero_parameters.
-    Differs: where W is all zeros, std(W) is a fresh weight's: with Q and K at 0 neither learns.
+    Where both factors of a product are 0, as in Q Kᵀ, neither gets a gradient: noise ends that.
+    Source: [R:sparse_xp.py], unzero_parameters.
+    Differs: where W is all zeros, the std of a fresh weight stands in for std(W), which is 0.
     """
     for name, parameter in model.named_parameters():
-        # Biases stay as they are, and so does what has no spread.
+        # Biases stay as they are, and so does a tensor of one element or none: it has no std.
         if name.endswith("bias") or parameter.numel() <= 1:
             continue
         std = model.config.initializer_range
@@ -391,8 +396,8 @@ def refill(model: BertForQuestionAnswering) -> None:
 
 # ----------------------------------------------------------------------------- settings, filled in
 
-# λ does not carry over between models or lengths: see blockprune.penalty(). Short runs on a small
-# model need a higher λ, and a higher learning rate of the scores, than the paper's.
+# λ does not carry over between models (see blockprune.penalty()), nor between lengths of training.
+# Short runs need a higher learning rate of the scores than the paper's, and on SQuAD a higher λ.
 PRESETS = {
     "builtin": {
         "dense": dict(epochs=3, lr=1e-4),
@@ -414,7 +419,7 @@ PRESETS = {
 PAPER_LAMBDAS = {
     "hybrid": dict(final_lambda=20, ffn_lambda=0.25),       # what the headline was filled from
     "block": dict(final_lambda=20),                         # 26 % at 32x32, 22 % at 8x8
-    # One score a head, here for its four matrices: their push on four scores is ours on one.
+    # One score a head stands here for four of theirs, and is pushed as hard as the four together.
     "struct": dict(final_lambda=2.5, attention_lambda=0.00156),
     # Their 1x1 runs had one mean over all 72 tensors; ours has two, over 48 and over 24.
     "unstructured": dict(final_lambda=25, attention_lambda=96 / 72, ffn_lambda=48 / 72),

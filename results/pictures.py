@@ -158,14 +158,15 @@ def ticks(low: float, high: float) -> list[float]:
 
 def chart(x: float, y: float, title: str, x_name: str, y_name: str, series: list[tuple],
           width: float = 370, height: float = 250) -> str:
-    """Axes with some series in them. x, y, width, height: of all, the names of the axes included."""
+    """Axes with some series in them. x, y, width, height: with the names of the axes."""
     xs = []
     ys = []
     for _, _, points, _ in series:
         for a, b in points:
             xs.append(a)
             ys.append(b)
-    # Room for the numbers and the names of the axes: 45 on the left, 15 on the right, 25 above, 40 below.
+    # Room for the numbers and the names of the axes: 45 on the left, 15 on the right, 25 above, and
+    # 40 below.
     axes = Axes(x + 45, y + 25, width - 60, height - 65, with_margins(xs), with_margins(ys))
     parts = [heading(axes.left, y + 14, title), frame(axes)]
     parts.append(text(axes.left + axes.width / 2, axes.top + axes.height + 32, x_name, "middle"))
@@ -347,7 +348,7 @@ def head_lines(x: float, y: float, size: float, heads: int, upright: bool) -> st
     return f'<path class="h" stroke-width="0.7" d="{path}"/>'
 
 
-# In pixels: an attention matrix, what it takes with its margin, an FFN matrix, and columns from the left.
+# In pixels: an attention matrix, the same with its margin, an FFN matrix, and where each begins.
 SIZE = 96
 COLUMN = SIZE + 14
 FFN_WIDTH = 156
@@ -356,7 +357,7 @@ MATRICES = {"query": 64, "key": 64 + COLUMN, "value": 64 + 2 * COLUMN, "out": 64
 
 
 def masks_picture(run: str, pruned: str = "hybrid") -> str:
-    """Every weight matrix of every layer, kept and pruned, with the heads (cf. figure 1 of the paper).
+    """Every weight matrix of every layer, kept and pruned, with the heads, as the paper's figure 1.
 
     pruned: the folder of the run that has the pruned model; its masks are those that the compaction
     beside it wrote down.
@@ -387,7 +388,8 @@ def layer_masks(layer: dict[str, list[str]], y: float, heads: int) -> str:
         parts.append(matrix(layer[name], x, y, SIZE, SIZE))
         # Heads are rows of query, key and value, and columns of out.
         parts.append(head_lines(x, y, SIZE, heads, upright=name == "out"))
-    # Inner dimensions are rows of fc1, a block each: transposed they stand above their columns of fc2.
+    # Inner dimensions are rows of fc1, a block each: transposed, they stand above the columns of
+    # fc2 that belong to them.
     parts.append(matrix(["".join(layer["fc1"])], MATRICES["fc1"], y, FFN_WIDTH, SIZE))
     parts.append(matrix(layer["fc2"], MATRICES["fc2"], y, FFN_WIDTH, SIZE))
     return "".join(parts)

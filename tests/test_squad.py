@@ -1,8 +1,8 @@
 """What train_squad.py must do around its training loop: naive versions, and cases worked by hand.
 
 In order: word pieces, windows and batches; the search for the best span; the official metrics,
-those of SQuAD 2.0 too; files in SQuAD's form, the built-in ones among them; masks, loss, filling and
-schedules; settings; model folders.
+those of SQuAD 2.0 too; files in SQuAD's form, the built-in ones among them; masks, loss, filling
+and schedules; settings; model folders.
 
 Sizes are small and all different. The vocabulary is made here, so neither weights nor a network are
 needed. What asks for the real SQuAD runs where the environment names its folder, as in
@@ -68,7 +68,7 @@ TEXTS = [
 
 
 def tiny(**changes) -> BertForQuestionAnswering:
-    """Every parameter random, in eval mode. Two layers, three heads of size 4, 20 inner dimensions."""
+    """Random parameters, in eval mode. Two layers, three heads of size 4, 20 inner dimensions."""
     config = dict(vocab_size=len(VOCAB) + 3, hidden_size=12, num_attention_heads=3,
                   num_hidden_layers=2, intermediate_size=20, max_position_embeddings=70)
     config.update(changes)
@@ -539,7 +539,7 @@ def official_f1(prediction, truth):
 
 
 def official(predictions, truths):
-    """evaluate-v1.1.py in our words: the mean over questions of the best over a question's answers."""
+    """evaluate-v1.1.py in our words: the best over a question's answers, meaned over questions."""
     exact = 0
     f1 = 0
     for question_id, answers in truths.items():
