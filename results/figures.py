@@ -175,8 +175,8 @@ def how_it_was_made(run: str) -> str:
 
 def epochs_table(run: str = "epochs") -> str:
     """Epochs of pruning → what is kept, and F1 on the way; a row for each length that was run."""
-    columns = ["epochs", "λ", "score lr", "non-zero, masked", "refilled", "F1 masked", "compacted",
-               "refilled", "against dense (95 %)", "heads", "speed"]
+    columns = ["epochs", "λ", "score lr", "non-zero masked", "non-zero refilled", "F1 masked",
+               "F1 compacted", "F1 refilled", "F1 − dense (95 %)", "heads", "speed"]
     rows = []
     for epochs in (3, 6, 10, 20):
         if (HERE / run / f"hybrid-{epochs}-filled" / "results.json").exists():

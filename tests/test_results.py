@@ -436,8 +436,9 @@ def test_the_table_of_epochs_has_a_row_for_each_length_that_was_run(tmp_path, mo
     write(run / "hybrid-6", "run.json", {"settings": {}})
 
     columns, of_3, of_20 = cells(figures.epochs_table("E"))
-    assert columns == ["epochs", "λ", "score lr", "non-zero, masked", "refilled", "F1 masked",
-                       "compacted", "refilled", "against dense (95 %)", "heads", "speed"]
+    assert columns == ["epochs", "λ", "score lr", "non-zero masked", "non-zero refilled",
+                       "F1 masked", "F1 compacted", "F1 refilled", "F1 − dense (95 %)", "heads",
+                       "speed"]
     assert of_3 == ["3", "30", "0.033", "31.0 %", "35.0 %", "68.00", "67.99",
                     "[70.00](results/E/hybrid-3-filled/results.json)",
                     "-25.00 (-25.00 to -25.00)", "8", "2.00 x"]
