@@ -39,7 +39,7 @@ DEV = 120
 
 COMMON = ("--max-length 48 --max-question 16 --stride 8 --precision fp32 --device cpu "
           "--log-every 1").split()
-# The pruning of the chain, 200 steps; and a training of 12 steps, with the flags that make it prune.
+# The pruning of the chain; and a training of 12 steps, with what makes pruning fast enough for it.
 HYBRID = ("--method hybrid --block 4x6 --epochs 5 --lr 1e-3 --score-lr 0.2 --final-lambda 2 "
           "--final-warmup 4").split()
 SHORT = "--questions 40 --epochs 3 --lr 1e-3".split()
@@ -85,7 +85,8 @@ def home(tmp_path_factory):
 
 def run_training(home, out, flags, init="bert", teacher=None):
     """Train on home/data; the exit status. Folders are in home, or wherever a whole path says."""
-    arguments = ["--data", str(home / "data"), "--init", str(home / init), "--out", str(home / out)]
+    arguments = ["--data", str(home / "data"), "--init", str(home / init)]
+    arguments += ["--out", str(home / out)]
     if teacher is not None:
         arguments += ["--teacher", str(home / teacher)]
     return ts.main(arguments + COMMON + flags)
@@ -165,6 +166,27 @@ def error(capsys):
     line = said(capsys)
     assert line.startswith("error: ")
     return line
+
+
+def at_step(monkeypatch, number, change):
+    """Let change(ce) take the place of the cross entropy, in the `number`th step from now."""
+    steps = []
+    real_loss_terms = ts.loss_terms
+
+    def loss_terms(*arguments):
+        steps.append("a step")
+        ce, kd = real_loss_terms(*arguments)
+        if len(steps) == number:
+            ce = change(ce)
+        return ce, kd
+
+    monkeypatch.setattr(ts, "loss_terms", loss_terms)
+
+
+def interrupt(ce):
+    """What Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
+    return ce
 
 
 # --------------------------------------------------------------------------------------- the chain
@@ -390,6 +412,226 @@ def test_a_finished_run_is_left_as_it_is(chain, capsys):
     assert snapshot(chain / "hybrid") == before
 
 
+# ------------------------------------------------------------------------------- the other methods
+
+OTHER_METHODS = [
+    # a method; how many blocks down and across in value, out and fc1
+    ("block", (5, 4), (4, 5), (8, 4)),      # 5 x 7 leaves ragged edges
+    ("struct", (3, 1), (1, 3), (F, 1)),
+    ("unstructured", (E, E), (E, E), (F, E)),
+]
+METHODS = [method for method, _, _, _ in OTHER_METHODS]
+
+
+@pytest.fixture(scope="module")
+def other_methods(chain, tmp_path_factory):
+    """A folder with a run and a compaction of each method, as in block and block-small."""
+    folder = tmp_path_factory.mktemp("methods")
+    for method in METHODS:
+        flags = SHORT + FAST_PRUNING + ["--method", method, "--block", "5x7"]
+        run = folder / method
+        assert run_training(chain, run, flags, init="teacher", teacher="teacher") == 0
+        assert run_compaction(run, folder / f"{method}-small") == 0
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_prune_and_their_compaction_keeps_the_function(other_methods, method):
+    results = read(other_methods / f"{method}-small/results.json")
+    assert 0 < results["density"] < 0.9
+    assert results["max_abs_logit_difference"] < 1e-4
+    assert abs(results["f1"] - results["f1_masked"]) <= 100 / DEV
+
+
+@pytest.mark.parametrize("method, value, out, fc1", OTHER_METHODS)
+def test_masks_json_has_the_blocks_of_the_method(other_methods, method, value, out, fc1):
+    masks = read(other_methods / f"{method}-small/masks.json")
+    for layer in ("0", "1"):
+        for name, blocks in (("value", value), ("out", out), ("fc1", fc1)):
+            rows = masks[layer][name]
+            assert (len(rows), len(rows[0])) == blocks
+
+
+def test_struct_removes_a_head_from_all_its_matrices(other_methods):
+    masks = read(other_methods / "struct-small/masks.json")
+    for of_layer in masks.values():
+        heads = "".join(of_layer["value"])      # a digit a row, and a row a head
+        assert "".join(of_layer["query"]) == heads
+        assert "".join(of_layer["key"]) == heads
+        assert of_layer["out"] == [heads]       # one row, and a digit a head
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_finished_compaction_is_left_as_it_is(other_methods, capsys, method):
+    before = snapshot(other_methods)
+    assert run_compaction(other_methods / method, other_methods / f"{method}-small") == 0
+    assert "finished before" in capsys.readouterr().out
+    assert snapshot(other_methods) == before
+
+
+def test_a_compaction_scored_on_other_questions_is_another_one(other_methods, tmp_path, capsys):
+    run = other_methods / "block"
+    other = ["--dev-questions", "7"]
+    assert run_compaction(run, other_methods / "block-small", other) == 2
+    assert "dev_questions was None and is 7" in error(capsys)
+    assert run_compaction(run, tmp_path / "small", other) == 0
+    assert read(tmp_path / "small/results.json")["data"]["dev_questions"] == 7
+
+
+# --------------------------------------------------------------------------------------- SQuAD 2.0
+
+
+@pytest.fixture(scope="module")
+def v2(chain, tmp_path_factory):
+    """A folder with data of which a third has no answer, and two models scored on it.
+
+    run is trained on it; of-v1 is the compaction of the teacher, which knows of no such questions.
+    """
+    folder = tmp_path_factory.mktemp("v2")
+    for part in ("train", "dev"):
+        tree = read(chain / f"data/{part}-v1.1.json")
+        for paragraph in tree["data"][0]["paragraphs"]:
+            paragraph["qas"][1].update(answers=[], is_impossible=True)
+        write_json(folder / f"{part}-v2.0.json", tree)
+    flags = ["--data", str(folder), "--v2"]
+    training = flags + "--epochs 4 --lr 3e-3".split()
+    assert run_training(chain, folder / "run", training, init="teacher") == 0
+    assert run_compaction(chain / "teacher", folder / "of-v1", flags) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["run", "of-v1"])
+def test_f1_is_the_mean_of_questions_with_and_without_an_answer(v2, name):
+    results = read(v2 / name / "results.json")
+    mean = (2 * results["HasAns_f1"] + results["NoAns_f1"]) / 3
+    assert results["f1"] == pytest.approx(mean)
+    assert results["data"]["dev_questions"] == DEV
+
+
+def test_v2_teaches_a_model_not_to_answer(v2):
+    learnt = read(v2 / "run/results.json")
+    told = read(v2 / "of-v1/results.json")
+    assert learnt["NoAns_f1"] > told["NoAns_f1"]
+    assert told["HasAns_f1"] > 10
+    predictions = read(v2 / "run/predictions.json")
+    assert list(predictions.values()).count("") > 3
+
+
+def test_a_table_of_v2_is_held_against_its_dev_set(v2):
+    assert run_table([v2 / "run", v2 / "of-v1"], ["--data", str(v2), "--v2"]) == 0
+
+
+def test_v2_predictions_score_the_same_from_their_file(v2, capsys):
+    capsys.readouterr()
+    assert ts.main(["--score", f"{v2}/run/predictions.json", f"{v2}/dev-v2.0.json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["NoAns_f1"] == read(v2 / "run/results.json")["NoAns_f1"]
+
+
+def test_f1_json_has_the_f1_of_every_question(v2):
+    f1 = read(v2 / "run/f1.json")
+    assert len(f1) == DEV
+    mean = sum(f1.values()) / DEV
+    assert mean == pytest.approx(read(v2 / "run/results.json")["f1"] / 100, abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_follow_the_curve_of_one(chain, tmp_path, monkeypatch):
+    """Half of each batch each, from the checkpoint that one process left."""
+    # Without dropout, so that both see the same model. The last batch of an epoch is one window.
+    shutil.copytree(chain / "teacher", tmp_path / "bert")
+    config = read(tmp_path / "bert/config.json")
+    config["hidden_dropout_prob"] = 0.0
+    write_json(tmp_path / "bert/config.json", config)
+    flags = FAST_PRUNING + "--method hybrid --block 4x6 --lr 1e-3".split()
+    flags += "--questions 44 --epochs 5".split()
+    bert = tmp_path / "bert"
+    assert run_training(chain, tmp_path / "one", flags, init=bert, teacher="teacher") == 0
+
+    # One process begins, and is interrupted in its second step. Two of torchrun's go on.
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, interrupt)
+        begun = flags + ["--checkpoint-every", "0"]
+        assert run_training(chain, tmp_path / "two", begun, init=bert, teacher="teacher") == 130
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [f"{ROOT}/train_squad.py", "--data", f"{chain}/data", "--init", str(bert)]
+    command += ["--teacher", f"{chain}/teacher", "--out", f"{tmp_path}/two"]
+    done = subprocess.run(command + COMMON + flags, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    # One of them speaks.
+    assert done.stdout.count("going on from step 1") == 1
+    assert done.stdout.count("two 25/25") == 1
+    assert (tmp_path / "two/results.json").exists()
+
+    one = log(tmp_path / "one")
+    two = log(tmp_path / "two")
+    steps = list(range(1, 26))
+    assert [line["step"] for line in one] == steps
+    assert [line["step"] for line in two] == steps
+    for a, b in zip(one, two):
+        for key in ("loss", "ce", "kd", "penalty"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), (a, b)
+        assert b["threshold"] == a["threshold"]
+        assert b["density"]["all"] == pytest.approx(a["density"]["all"], abs=0.01)
+    expected = matrices(tmp_path / "one")
+    for name, tensor in matrices(tmp_path / "two").items():
+        assert (tensor - expected[name]).abs().mean() < 1e-4
+
+
+# ---------------------------------------------------------------------- questions from the terminal
+
+
+def ask(monkeypatch, capsys, folder, typed, flags=()):
+    """Ask a model, with these lines typed in; what it prints after its first line."""
+    lines = iter(typed)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    capsys.readouterr()
+    assert ts.main(["--ask", str(folder), "--precision", "fp32"] + list(flags)) == 0
+    return capsys.readouterr().out.splitlines()[1:]
+
+
+def test_questions_from_the_terminal_are_answered_out_of_the_passage(chain, monkeypatch, capsys):
+    passage, question = dev_questions(chain)[0]
+    typed = [passage, question["question"], "what " * 70, ""]       # the second one is cut
+    printed = ask(monkeypatch, capsys, chain / "small", typed)
+    assert len(printed) == 2
+    answers = []
+    for line in printed:
+        answer = re.fullmatch(r" +'(.*)', score -?[\d.]+, \d+ ms", line)[1]
+        assert answer in passage
+        answers.append(answer)
+    # The same as the run gave to that question.
+    assert answers[0] == read(chain / "small/predictions.json")[question["id"]]
+
+
+def test_a_null_threshold_far_below_every_score_gives_no_answer(chain, monkeypatch, capsys):
+    passage, question = dev_questions(chain)[0]
+    typed = [passage, question["question"], ""]
+    [given] = ask(monkeypatch, capsys, chain / "small", typed)
+    flags = ["--v2", "--null-threshold=-1000"]
+    [refused] = ask(monkeypatch, capsys, chain / "small", typed, flags)
+    # The score is that of the best span in both.
+    score = re.fullmatch(r" +'.*', score (-?[\d.]+), \d+ ms", given)[1]
+    assert re.fullmatch(r" +no answer, score (-?[\d.]+), \d+ ms", refused)[1] == score
+
+
+def test_the_end_of_the_input_ends_it(chain, monkeypatch, capsys):
+    def end_of_file(prompt):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end_of_file)
+    assert ts.main(["--ask", f"{chain}/small", "--precision", "fp32"]) == 0
+
+
+def test_to_ask_no_model_is_an_error_of_one_line(chain, capsys):
+    capsys.readouterr()
+    assert ts.main(["--ask", f"{chain}/bert/nowhere"]) == 2
+    assert "no model folder" in error(capsys)
+
+
 import functools
 import random
 import time
@@ -410,97 +652,11 @@ def one_line(capsys, error=True):
     assert len(lines) == 1 and lines[0].startswith("error: ") == error
     return lines[0]
 
-def dev_questions(home):
+def old_dev_questions(home):
     """(paragraph, question) pairs of the dev file."""
     paragraphs = read(home / "data/dev-v1.1.json")["data"][0]["paragraphs"]
     return [(paragraph, question) for paragraph in paragraphs for question in paragraph["qas"]]
 
-
-
-@pytest.mark.parametrize("method, block", [("block", (5, 7)), ("struct", (8, E)), ("unstructured", (1, 1))])
-def test_other_methods(chain, tmp_path, method, block):
-    flags = ["--method", method, "--block", "5x7", *SHORT, *PRUNE[4:]]      # 5 x 7 leaves ragged edges
-    assert train(chain, tmp_path / "run", *flags, init="teacher", teacher="teacher") == 0
-    again = [f"{tmp_path}/run", "--out", f"{tmp_path}/small"]
-    assert compact.main(again) == compact.main(again) == 0
-    results = read(tmp_path / "small/results.json")
-    assert 0 < results["density"] < 0.9 and results["max_abs_logit_difference"] < 1e-4
-    assert abs(results["f1"] - results["f1_masked"]) <= 100 / DEV
-    for masks in read(tmp_path / "small/masks.json").values():
-        grids = {name: (len(rows), len(rows[0])) for name, rows in masks.items()}
-        assert grids["value"] == (math.ceil(E / block[0]), math.ceil(E / block[1])) == grids["out"][::-1]
-        assert grids["fc1"] == ((F, 1) if method == "struct" else (math.ceil(F / block[0]), math.ceil(E / block[1])))
-        assert method != "struct" or masks["query"] == masks["value"] == ["".join(x) for x in zip(*masks["out"])]
-    if compact.main([*again, "--dev-questions", "7"]) == 0:     # another question is no finished run
-        assert read(tmp_path / "small/results.json")["data"]["dev_questions"] == 7
-
-
-def test_v2_trains_scores_and_compacts(chain, tmp_path, capsys):
-    """A third of the questions without an answer; the teacher, which knows of none, is scored on them too."""
-    for part in ("train", "dev"):
-        tree = read(chain / f"data/{part}-v1.1.json")
-        for paragraph in tree["data"][0]["paragraphs"]:
-            paragraph["qas"][1] |= {"answers": [], "is_impossible": True}
-        write_json(tmp_path / f"{part}-v2.0.json", tree)
-    flags = ["--data", str(tmp_path), "--v2"]
-    assert ts.main([*flags, "--init", f"{chain}/teacher", "--out", f"{tmp_path}/run", *FLAGS, "--epochs", "4", "--lr", "3e-3"]) == 0
-    assert compact.main([f"{chain}/teacher", *flags, "--out", f"{tmp_path}/of-v1"]) == 0
-    assert compact.main(["--compare", f"{tmp_path}/run", f"{tmp_path}/of-v1", *flags, "--batch", "2", "--length", "48"]) == 0
-    learnt, told = (read(tmp_path / name / "results.json") for name in ("run", "of-v1"))
-    for r in (learnt, told):
-        assert r["f1"] == pytest.approx((2 * r["HasAns_f1"] + r["NoAns_f1"]) / 3) and r["data"]["dev_questions"] == DEV
-    assert learnt["NoAns_f1"] > told["NoAns_f1"] and told["HasAns_f1"] > 10
-    empty = list(read(tmp_path / "run/predictions.json").values()).count("")
-    capsys.readouterr()
-    assert ts.main(["--score", f"{tmp_path}/run/predictions.json", f"{tmp_path}/dev-v2.0.json"]) == 0
-    assert json.loads(capsys.readouterr().out)["NoAns_f1"] == learnt["NoAns_f1"] and empty > 3
-    f1 = read(tmp_path / "run/f1.json")
-    assert len(f1) == DEV and sum(f1.values()) / DEV == pytest.approx(learnt["f1"] / 100, abs=1e-4)
-
-
-def test_two_processes_follow_the_curve_of_one(chain, tmp_path, monkeypatch):
-    """Half of each batch each, from the checkpoint of one process on. The last batch of an epoch is a single window."""
-    shutil.copytree(chain / "teacher", tmp_path / "bert")
-    write_json(tmp_path / "bert/config.json", read(tmp_path / "bert/config.json") | {"hidden_dropout_prob": 0.0})
-    flags, more = [*PRUNE, "--questions", "44", "--epochs", "5", "--lr", "1e-3"], dict(init=tmp_path / "bert", teacher="teacher")
-    assert train(chain, tmp_path / "one", *flags, **more) == 0
-    with monkeypatch.context() as patch:
-        break_at(patch, 2, signal.SIGINT)
-        assert train(chain, tmp_path / "two", *flags, "--checkpoint-every", "0", **more) == 130
-    command = ["--data", f"{chain}/data", "--init", f"{tmp_path}/bert", "--teacher", f"{chain}/teacher", "--out", f"{tmp_path}/two"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           f"{ROOT}/train_squad.py", *command, *FLAGS, *flags], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("going on from step 1") == 1 == done.stdout.count("two 25/25")     # one of them speaks
-    one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    assert [line["step"] for line in two] == [line["step"] for line in one] == list(range(1, 26))
-    for a, b in zip(one, two):
-        assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4) for key in ("loss", "ce", "kd", "penalty")), (a, b)
-        assert a["threshold"] == b["threshold"] and a["density"]["all"] == pytest.approx(b["density"]["all"], abs=0.01)
-    for tensor, expected in zip(matrices(tmp_path / "two").values(), matrices(tmp_path / "one").values()):
-        assert (tensor - expected).abs().mean() < 1e-4
-    assert (tmp_path / "two/results.json").exists()
-
-
-def test_questions_from_the_terminal(chain, monkeypatch, capsys):
-    def end_of_file(prompt):
-        raise EOFError
-    paragraph, question = dev_questions(chain)[0]
-    typed = iter([paragraph["context"], question["question"], "what " * 70, ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert ts.main(["--ask", f"{chain}/small", "--precision", "fp32"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    found = [re.fullmatch(r" +'(.*)', score (-?[\d.]+), \d+ ms", line) for line in lines[1:]]
-    assert len(found) == 2 and all(match[1] in paragraph["context"] for match in found)
-    assert found[0][1] == read(chain / "small/predictions.json")[question["id"]]
-    typed = iter([paragraph["context"], question["question"], ""])
-    assert ts.main(["--ask", f"{chain}/small", "--v2", "--null-threshold=-1000", "--precision", "fp32"]) == 0
-    assert re.fullmatch(r" +no answer, score (-?[\d.]+), \d+ ms", capsys.readouterr().out.splitlines()[1])[1] == found[0][2]
-    monkeypatch.setattr("builtins.input", end_of_file)
-    assert ts.main(["--ask", f"{chain}/small", "--precision", "fp32"]) == 0
-    capsys.readouterr()
-    assert ts.main(["--ask", f"{chain}/bert/nowhere"]) == 2 and "no model folder" in one_line(capsys)
 
 
 # --------------------------------------------------------------------------- what results.json is of
@@ -508,7 +664,7 @@ def test_questions_from_the_terminal(chain, monkeypatch, capsys):
 
 def test_the_score_is_that_of_the_predictions(chain, capsys):
     results, predictions = (read(chain / "teacher" / name) for name in ("results.json", "predictions.json"))
-    truths = {qa["id"]: [answer["text"] for answer in qa["answers"]] for _, qa in dev_questions(chain)}
+    truths = {qa["id"]: [answer["text"] for answer in qa["answers"]] for _, qa in old_dev_questions(chain)}
     assert set(predictions) == set(truths)
     exact = sum(predictions[i] in answers for i, answers in truths.items())     # no article, no comma in them
     assert results["exact_match"] == pytest.approx(100 * exact / DEV)
@@ -527,7 +683,7 @@ def test_what_is_scored_is_what_was_saved(home, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ts, "save_model", save_without_head)
     assert train(home, tmp_path / "run", *SHORT, "--max-length", "64") == 0     # a window holds a passage
-    first = {qa["id"]: paragraph["context"].split()[0] for paragraph, qa in dev_questions(home)}
+    first = {qa["id"]: paragraph["context"].split()[0] for paragraph, qa in old_dev_questions(home)}
     assert read(tmp_path / "run/predictions.json") == first and read(tmp_path / "run/results.json")["f1"] == 0
 
 
