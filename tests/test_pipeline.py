@@ -632,6 +632,243 @@ def test_to_ask_no_model_is_an_error_of_one_line(chain, capsys):
     assert "no model folder" in error(capsys)
 
 
+# ------------------------------------------------------------------------- what results.json is of
+
+
+def test_the_score_is_that_of_the_predictions(chain):
+    results = read(chain / "teacher/results.json")
+    predictions = read(chain / "teacher/predictions.json")
+    truths = {}
+    exact = 0
+    for _, question in dev_questions(chain):
+        texts = [answer["text"] for answer in question["answers"]]
+        truths[question["id"]] = texts
+        if predictions[question["id"]] in texts:        # no article and no comma is in them
+            exact += 1
+    assert set(predictions) == set(truths)
+    assert results["exact_match"] == pytest.approx(100 * exact / DEV)
+    score = ts.score(predictions, truths)
+    assert score == {"exact_match": results["exact_match"], "f1": results["f1"]}
+
+
+def test_predictions_score_the_same_from_their_file(chain, capsys):
+    files = [f"{chain}/teacher/predictions.json", f"{chain}/data/dev-v1.1.json"]
+    capsys.readouterr()
+    assert ts.main(["--score"] + files) == 0
+    results = read(chain / "teacher/results.json")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"exact_match": results["exact_match"], "f1": results["f1"]}
+
+
+def test_what_is_scored_is_what_was_saved(home, tmp_path, monkeypatch):
+    """With a QA head of zeros in the file all spans are equal: the first word of a passage wins."""
+    def save_without_head(model, folder, *rest, **more):
+        save_model(model, folder, *rest, **more)
+        path = Path(folder, "model.safetensors")
+        tensors = read_safetensors(path)
+        for name in tensors:
+            if name.startswith("qa_outputs"):
+                tensors[name] = torch.zeros_like(tensors[name])
+        write_safetensors(tensors, path)
+
+    monkeypatch.setattr(ts, "save_model", save_without_head)
+    flags = SHORT + ["--max-length", "64"]      # a window holds a whole passage
+    assert run_training(home, tmp_path / "run", flags) == 0
+    first_words = {}
+    for passage, question in dev_questions(home):
+        first_words[question["id"]] = passage.split()[0]
+    assert read(tmp_path / "run/predictions.json") == first_words
+    assert read(tmp_path / "run/results.json")["f1"] == 0
+
+
+# ------------------------------------------------------------------------ runs that were broken off
+
+STAGES = {
+    # a stage: the model it starts from, its teacher, its flags
+    "dense": ("bert", None, SHORT),
+    "prune": ("teacher", "teacher", SHORT_HYBRID),
+    "fill": ("small", "teacher", SHORT + ["--fill"]),
+}
+OFTEN = ["--checkpoint-every", "0"]     # after every step
+
+
+def train_stage(chain, out, stage, more=()):
+    """A short run of a stage; the exit status."""
+    init, teacher, flags = STAGES[stage]
+    return run_training(chain, out, flags + list(more), init=init, teacher=teacher)
+
+
+@pytest.fixture(scope="module")
+def unbroken(chain):
+    """The folders of whole runs, by their stage."""
+    folders = {}
+    for stage in STAGES:
+        folders[stage] = chain / f"unbroken-{stage}"
+        assert train_stage(chain, folders[stage], stage) == 0
+    return folders
+
+
+def bits(folder):
+    """What a run makes, and makes again to the bit."""
+    found = {"log": log(folder)}
+    paths = list(folder.glob("*.safetensors"))
+    paths += [folder / "config.json", folder / "predictions.json"]
+    for path in paths:
+        found[path.name] = sha256(path.read_bytes())
+    return found
+
+
+def assert_broken_off(run, step):
+    """The run has the checkpoint of that step, no results, and nothing half-written."""
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == step
+    assert not (run / "results.json").exists()
+    assert not list(run.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("stage, step", [
+    ("dense", 5),
+    ("prune", 5),
+    ("fill", 12),       # the last one
+])
+def test_an_interrupted_run_goes_on_to_the_same_bits(chain, unbroken, tmp_path, monkeypatch,
+                                                     capsys, stage, step):
+    run = tmp_path / "run"
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        at_step(patch, step, interrupt)
+        assert train_stage(chain, run, stage, OFTEN) == 130
+    assert said(capsys).startswith("interrupted; the same command goes on")
+    assert_broken_off(run, step - 1)
+    torch.rand(3)       # random numbers that are drawn in between do not matter
+    assert train_stage(chain, run, stage) == 0
+    assert bits(run) == bits(unbroken[stage])
+
+
+def not_a_number(ce):
+    return ce * math.nan
+
+
+def test_a_run_stopped_by_a_loss_of_nan_goes_on_to_the_same_bits(chain, unbroken, tmp_path,
+                                                                 monkeypatch, capsys):
+    run = tmp_path / "run"
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, not_a_number)
+        assert train_stage(chain, run, "prune", OFTEN) == 2
+    assert re.search("loss.* nan", error(capsys))
+    assert_broken_off(run, 4)
+    torch.rand(3)
+    assert train_stage(chain, run, "prune") == 0
+    assert bits(run) == bits(unbroken["prune"])
+
+
+def test_a_run_whose_disk_fills_up_goes_on_to_the_same_bits(chain, unbroken, tmp_path, monkeypatch,
+                                                            capsys):
+    """The fifth checkpoint is cut off. The fourth is kept."""
+    saved = []
+
+    def save_until_full(state, path, real_save=torch.save):
+        real_save(state, path)
+        saved.append(path)
+        if len(saved) == 5:
+            os.truncate(path, 100)
+            raise OSError(28, "No space left on device")
+
+    run = tmp_path / "run"
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_until_full)
+        assert train_stage(chain, run, "fill", OFTEN) == 2
+    assert "No space left" in error(capsys)
+    assert_broken_off(run, 4)
+    # The log's last line is cut off as well.
+    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 5, "lo')
+    torch.rand(3)
+    assert train_stage(chain, run, "fill") == 0
+    assert bits(run) == bits(unbroken["fill"])
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """Let the system refuse to write files of more bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("run.json", "File too large"),
+    ("checkpoint.pt", "checkpoint.pt cannot be written"),
+])
+def test_a_file_that_the_system_refuses_is_one_line_and_the_run_goes_on(chain, unbroken, tmp_path,
+                                                                        capsys, name, message):
+    run = tmp_path / "run"
+    size = (unbroken["prune"] / name).stat().st_size
+    capsys.readouterr()
+    with no_file_beyond(size - 9):
+        status = train_stage(chain, run, "prune")
+    assert status == 2
+    assert message in error(capsys)
+    assert not list(run.glob("*.tmp"))
+    assert train_stage(chain, run, "prune") == 0
+    assert bits(run) == bits(unbroken["prune"])
+
+
+def test_a_run_broken_off_after_its_last_step_is_scored_without_training(chain, unbroken, tmp_path,
+                                                                         monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(ts, "predict", interrupted)
+        assert train_stage(chain, run, "prune") == 130
+    # It is as if it had taken 1,000 seconds until then.
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["seconds"] += 1000
+    torch.save(state, run / "checkpoint.pt")
+    # Whoever trains now is interrupted.
+    monkeypatch.setattr(ts, "loss_terms", interrupted)
+    assert train_stage(chain, run, "prune") == 0
+    assert bits(run) == bits(unbroken["prune"])
+    assert read(run / "results.json")["seconds"] > 1000     # those of all its parts
+
+
+def test_a_seed_gives_the_same_bits_and_another_one_others(chain, unbroken, tmp_path):
+    for seed in ("17", "18"):
+        assert train_stage(chain, tmp_path / seed, "prune", ["--seed", seed]) == 0
+    assert bits(tmp_path / "17") == bits(unbroken["prune"])
+    others = bits(tmp_path / "18")
+    for name, made in bits(unbroken["prune"]).items():
+        if name != "config.json":
+            assert others[name] != made, name
+
+
+@pytest.mark.parametrize("wrong", ["another shape", "cut off"])
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(home, tmp_path, monkeypatch, capsys,
+                                                            wrong):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, interrupt)
+        assert run_training(home, run, SHORT + OFTEN) == 130
+    path = run / "checkpoint.pt"
+    if wrong == "another shape":
+        state = torch.load(path, weights_only=True)
+        state["model"]["bert.layers.1.ffn.fc1.weight"] = torch.zeros(F + 1, E)
+        torch.save(state, path)
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    assert run_training(home, run, SHORT) == 2
+    assert "checkpoint.pt" in error(capsys)
+    assert snapshot(tmp_path) == before
+
+
 import functools
 import random
 import time
@@ -658,48 +895,17 @@ def old_dev_questions(home):
     return [(paragraph, question) for paragraph in paragraphs for question in paragraph["qas"]]
 
 
-
-# --------------------------------------------------------------------------- what results.json is of
-
-
-def test_the_score_is_that_of_the_predictions(chain, capsys):
-    results, predictions = (read(chain / "teacher" / name) for name in ("results.json", "predictions.json"))
-    truths = {qa["id"]: [answer["text"] for answer in qa["answers"]] for _, qa in old_dev_questions(chain)}
-    assert set(predictions) == set(truths)
-    exact = sum(predictions[i] in answers for i, answers in truths.items())     # no article, no comma in them
-    assert results["exact_match"] == pytest.approx(100 * exact / DEV)
-    assert ts.score(predictions, truths) == {key: results[key] for key in ("exact_match", "f1")}
-    capsys.readouterr()
-    assert ts.main(["--score", f"{chain}/teacher/predictions.json", f"{chain}/data/dev-v1.1.json"]) == 0
-    assert json.loads(capsys.readouterr().out) == ts.score(predictions, truths)
-
-
-def test_what_is_scored_is_what_was_saved(home, tmp_path, monkeypatch):
-    """With a QA head of zeros in the file all spans are equal, and the first word of the passage wins."""
-    def save_without_head(model, folder, *rest, **extra):
-        save_model(model, folder, *rest, **extra)
-        path = Path(folder, "model.safetensors")
-        write_safetensors({n: t * (not n.startswith("qa_outputs")) for n, t in read_safetensors(path).items()}, path)
-
-    monkeypatch.setattr(ts, "save_model", save_without_head)
-    assert train(home, tmp_path / "run", *SHORT, "--max-length", "64") == 0     # a window holds a passage
-    first = {qa["id"]: paragraph["context"].split()[0] for paragraph, qa in old_dev_questions(home)}
-    assert read(tmp_path / "run/predictions.json") == first and read(tmp_path / "run/results.json")["f1"] == 0
-
-
-# ------------------------------------------------------------------------------- runs that were broken
-
-STAGES = dict(dense=(SHORT, {}), prune=(SHORT + PRUNE, dict(init="teacher", teacher="teacher")),
+OLD_STAGES = dict(dense=(SHORT, {}), prune=(SHORT + PRUNE, dict(init="teacher", teacher="teacher")),
               fill=(SHORT + ["--fill"], dict(init="small", teacher="teacher")))
 
 
 @pytest.fixture(scope="module")
-def unbroken(chain):
+def old_unbroken(chain):
     """The folder of a whole run of a stage."""
     @functools.cache
     def folder(stage):
-        assert train(chain, f"unbroken-{stage}", *STAGES[stage][0], **STAGES[stage][1]) == 0
-        return chain / f"unbroken-{stage}"
+        assert train(chain, f"old-unbroken-{stage}", *OLD_STAGES[stage][0], **OLD_STAGES[stage][1]) == 0
+        return chain / f"old-unbroken-{stage}"
     return folder
 
 
@@ -729,78 +935,6 @@ def break_at(monkeypatch, step, how):
     if how == "full":
         monkeypatch.setattr(torch, "save", full)
 
-
-@pytest.mark.parametrize("stage, how, step", [("dense", signal.SIGINT, 5), ("prune", signal.SIGINT, 5),
-                                              ("fill", signal.SIGINT, 12), ("prune", "nan", 5), ("fill", "full", 5)])
-def test_a_broken_run_goes_on_to_the_same_bits(chain, unbroken, tmp_path, monkeypatch, capsys, stage, how, step):
-    (flags, more), whole = STAGES[stage], unbroken(stage)
-    asked = how not in ("nan", "full")
-    capsys.readouterr()
-    with monkeypatch.context() as patch:
-        break_at(patch, step, how)
-        code = train(chain, tmp_path / "run", *flags, "--checkpoint-every", "0", **more)
-    said = {"nan": "loss.* nan", "full": "No space left"}.get(how, "interrupted; the same command goes on")
-    assert code == (130 if asked else 2) and re.search(said, one_line(capsys, error=not asked))
-    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == step - 1
-    assert not (tmp_path / "run/results.json").exists() and not list(tmp_path.glob("run/*.tmp"))
-    with open(tmp_path / "run/log.jsonl", "a") as file:
-        file.write('{"step": 5, "lo' if how == "full" else "")
-    torch.rand(3)
-    assert train(chain, tmp_path / "run", *flags, **more) == 0 and same(whole, tmp_path / "run")
-
-
-def in_a_child(work):
-    """Start work() in a fork of this process; its number."""
-    if (child := os.fork()) == 0:
-        with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            work()
-        os._exit(0)
-    return child
-
-
-@pytest.mark.parametrize("trial", range(KILLS))
-def test_a_killed_run_goes_on_to_the_same_bits(chain, unbroken, tmp_path, trial):
-    """SIGKILL at a random moment of a run that saves after every step: while it trains, saves or is scored."""
-    stage = ("prune", "fill", "dense")[trial % 3]
-    (flags, more), whole = STAGES[stage], unbroken(stage)
-
-    def work():
-        train(chain, tmp_path / "run", *flags, "--checkpoint-every", "0", **more)
-    began = time.monotonic()
-    os.waitpid(in_a_child(work), 0)
-    took, seed = time.monotonic() - began, random.random()
-    assert same(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    child = in_a_child(work)
-    time.sleep(took * seed)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    left = sorted(path.name for path in tmp_path.rglob("*"))
-    work()
-    assert same(whole, tmp_path / "run"), (seed, left)
-    assert not list(tmp_path.glob("run/*.tmp"))
-    assert read(tmp_path / "run/results.json")["f1"] == read(whole / "results.json")["f1"]
-
-
-def test_a_run_broken_after_its_last_step_is_scored_without_training(chain, unbroken, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    flags, more = STAGES["prune"]
-    with monkeypatch.context() as patch:
-        patch.setattr(ts, "predict", interrupted)
-        assert train(chain, tmp_path / "run", *flags, **more) == 130
-    monkeypatch.setattr(ts, "loss_terms", interrupted)
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    torch.save({**state, "seconds": state["seconds"] + 1000}, tmp_path / "run/checkpoint.pt")
-    assert train(chain, tmp_path / "run", *flags, **more) == 0 and same(unbroken("prune"), tmp_path / "run")
-    assert read(tmp_path / "run/results.json")["seconds"] > 1000    # those of all its parts
-
-
-def test_a_seed_gives_the_same_bits_and_another_one_others(chain, unbroken, tmp_path):
-    for seed in ("17", "18"):
-        assert train(chain, tmp_path / seed, *STAGES["prune"][0], "--seed", seed, **STAGES["prune"][1]) == 0
-    assert same(unbroken("prune"), tmp_path / "17") and not same(unbroken("prune"), tmp_path / "18")
 
 
 # ------------------------------------------------------------------------------------ nothing is lost
@@ -943,10 +1077,10 @@ def test_a_folder_in_use_is_refused_and_then_free(home, tmp_path, capsys, folder
 
 
 @pytest.mark.parametrize("name", ["run.json", "checkpoint.pt"])
-def test_a_full_disk_is_an_error_of_one_line_and_the_run_goes_on(chain, unbroken, tmp_path, capsys, name):
+def test_a_full_disk_is_an_error_of_one_line_and_the_run_goes_on(chain, old_unbroken, tmp_path, capsys, name):
     """No file may grow beyond the size that the named one has, less 9 bytes."""
-    flags, more = STAGES["prune"]
-    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE), (unbroken("prune") / name).stat().st_size - 9
+    flags, more = OLD_STAGES["prune"]
+    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE), (old_unbroken("prune") / name).stat().st_size - 9
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         code = train(chain, tmp_path / "run", *flags, **more)
@@ -954,7 +1088,7 @@ def test_a_full_disk_is_an_error_of_one_line_and_the_run_goes_on(chain, unbroken
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2 and re.search("checkpoint.pt cannot be written" if name == "checkpoint.pt" else "File too large", one_line(capsys))
     assert not list(tmp_path.glob("run/*.tmp"))
-    assert train(chain, tmp_path / "run", *flags, **more) == 0 and same(unbroken("prune"), tmp_path / "run")
+    assert train(chain, tmp_path / "run", *flags, **more) == 0 and same(old_unbroken("prune"), tmp_path / "run")
 
 
 def test_an_unknown_flag_is_refused(home, tmp_path, capsys):
@@ -967,7 +1101,7 @@ def test_an_unknown_flag_is_refused(home, tmp_path, capsys):
 
 def test_results_older_than_their_weights_are_seen(chain, tmp_path, capsys):
     """By the weights' sha256, not by a clock: compare refuses them, the same command scores them again."""
-    flags, more = STAGES["dense"]
+    flags, more = OLD_STAGES["dense"]
     assert train(chain, tmp_path / "run", *flags, **more) == 0 == compact.main([f"{tmp_path}/run", "--out", f"{tmp_path}/small"])
     weights, results = tmp_path / "run/model.safetensors", read(tmp_path / "run/results.json")
     assert results["weights_sha256"] == sha256(weights.read_bytes())
