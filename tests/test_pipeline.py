@@ -869,347 +869,491 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(home, tmp_path, monk
     assert snapshot(tmp_path) == before
 
 
-import functools
-import random
-import time
-FLAGS = COMMON
-PRUNE = "--method hybrid --block 4x6 --score-lr 1 --final-lambda 5 --final-warmup 2".split()
-KILLS = 20 if "FUZZ" in os.environ else 3
-
-
-def train(home, out, *flags, init="bert", teacher=None):
-    return ts.main(["--data", str(home / "data"), "--init", str(home / init), "--out", str(home / out), *FLAGS,
-                    *(["--teacher", str(home / teacher)] if teacher else []), *flags])
-
-
-
-def one_line(capsys, error=True):
-    """What is on stderr: one line, which says that it is an error where it is one."""
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") == error
-    return lines[0]
-
-def old_dev_questions(home):
-    """(paragraph, question) pairs of the dev file."""
-    paragraphs = read(home / "data/dev-v1.1.json")["data"][0]["paragraphs"]
-    return [(paragraph, question) for paragraph in paragraphs for question in paragraph["qas"]]
-
-
-OLD_STAGES = dict(dense=(SHORT, {}), prune=(SHORT + PRUNE, dict(init="teacher", teacher="teacher")),
-              fill=(SHORT + ["--fill"], dict(init="small", teacher="teacher")))
-
-
-@pytest.fixture(scope="module")
-def old_unbroken(chain):
-    """The folder of a whole run of a stage."""
-    @functools.cache
-    def folder(stage):
-        assert train(chain, f"old-unbroken-{stage}", *OLD_STAGES[stage][0], **OLD_STAGES[stage][1]) == 0
-        return chain / f"old-unbroken-{stage}"
-    return folder
-
-
-def same(a, b):
-    files = {"model.safetensors", "predictions.json", "config.json"} | {path.name for path in a.glob("pruning.*")}
-    return log(a) == log(b) and all((a / name).read_bytes() == (b / name).read_bytes() for name in files)
-
-
-def break_at(monkeypatch, step, how):
-    """Make a run break in its step `step`: by a signal, a loss of NaN, or a disk that is full."""
-    terms, save, calls = ts.loss_terms, torch.save, []
-
-    def loss_terms(*arguments):
-        calls.append(1)
-        ce, kd = terms(*arguments)
-        if len(calls) == step and isinstance(how, signal.Signals):
-            os.kill(os.getpid(), how)
-        return (ce * math.nan if len(calls) == step and how == "nan" else ce), kd
-
-    def full(state, path):
-        save(state, path)
-        if len(calls) == step:
-            os.truncate(path, 100)
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(ts, "loss_terms", loss_terms)
-    if how == "full":
-        monkeypatch.setattr(torch, "save", full)
-
-
-
-# ------------------------------------------------------------------------------------ nothing is lost
+# ------------------------------------------------------------------------ nothing is lost: run folders
 
 
 def test_a_run_of_other_settings_is_left_alone_and_they_are_named(chain, capsys):
     before = snapshot(chain / "teacher")
-    assert train(chain, "teacher", "--epochs", "10", "--lr", "5e-3", "--seed", "3", "--log-every", "7") == 2
-    said = one_line(capsys)
-    assert "seed was 17 and is 3" in said and "lr was 0.003 and is 0.005" in said and said.count(" was ") == 2
+    other = "--epochs 10 --lr 5e-3 --seed 3 --log-every 7".split()
+    capsys.readouterr()
+    assert run_training(chain, "teacher", other) == 2
+    line = error(capsys)
+    assert "seed was 17 and is 3" in line
+    assert "lr was 0.003 and is 0.005" in line
+    assert line.count(" was ") == 2     # how often a run speaks is not compared
     assert snapshot(chain / "teacher") == before
 
 
-@pytest.mark.parametrize("out", ["bert", "teacher", "hybrid", "file"])
-@pytest.mark.parametrize("command", ["train", "compact"])
-def test_what_is_not_its_own_is_left_alone(chain, tmp_path, capsys, command, out):
-    """A model folder that is no run, another run, the run that is to be compacted, a file."""
+@pytest.fixture
+def others(chain, tmp_path):
+    """A folder with copies of a model, of two runs, and a file."""
     for name in ("bert", "teacher", "hybrid"):
         shutil.copytree(chain / name, tmp_path / name)
     shutil.copy(chain / "table.txt", tmp_path / "file")
-    before = snapshot(tmp_path)
-    assert (train(chain, tmp_path / out, "--seed", "5") if command == "train" else
-            compact.main([f"{tmp_path}/hybrid", "--out", f"{tmp_path}/{out}"])) == 2
-    assert f"{tmp_path}/{out}" in one_line(capsys) and snapshot(tmp_path) == before
+    return tmp_path
 
 
-@pytest.mark.parametrize("flags, said, change", [
-    ("--method block --score-lr 1 --final-warmup 2 --block 48x4", "48x4 does not fit", None),
-    ("--method block --score-lr 1 --block 4", "--block 4: ", None),
-    ("--method hybrid --score-lr 1 --initial-warmup 9", "no step is left", None),
-    ("--method hybrid --score-lr 0.01 --final-warmup 2", r"nothing could be pruned.* 12 steps.* -0\.0\d", None),
-    ("--method hybrid --fill", "--fill ", None),
-    ("--epochs 0", "--epochs 0.0: it must be over 0", None),
-    ("--lr nan", "--lr nan", None),
-    ("--questions 0", "--questions 0: it must be over 0", None),
-    ("--threshold 0.5", "--threshold 0.5", None),
-    ("--method block --score-lr 1 --block 0x4", "--block 0x4", None),
-    ("--method hybrid --final-lambda -1", "--final-lambda -1.0: it must be 0 or more", None),
-    ("--v2 --null-threshold inf", "--null-threshold inf", None),
-    ("--v2", "neither train-v2.0.json nor", None),
-    ("--data {}/bert/config.json", "Not a directory.*config.json", None),
-    ("--init {}/bert/config.json", "config.json: no model folder", None),
-    ("--lr 1e30", "run: .*step 1.*loss.* nan", None),
-    ("--max-length 80", "--max-length 80 is over the model.s 64", None),
-    ("--max-length 24", "--max-length 24: .*--stride 8", None),
-    ("--init {}/nowhere", "nowhere: no model folder", None),
-    ("--teacher {}/nowhere", "nowhere: no model folder", None),
-    ("--teacher {}/other", "different tokenizers", None),
-    ("--data {}/nowhere", "nowhere: neither train-v1.1.json nor train-v1.1.json.xz", None),
-    ("--data {}/broken", "broken/train-v1.1.json: cut off, or not JSON", "cut"),
-    ("--data {}/broken", "no question in it", lambda paragraphs: paragraphs.clear()),
-    ("--data {}/broken", r"data\[0\].paragraphs\[3\] has no 'context'", lambda paragraphs: paragraphs[3].pop("context")),
-    ("--data {}/broken", r"data\[0\].paragraphs\[3\].qas\[1\] has no 'answers' that is a list",
-     lambda paragraphs: paragraphs[3]["qas"][1].update(answers="x")),
-    ("--data {}/broken", r"\.qas\[1\] has no answer", lambda paragraphs: paragraphs[3]["qas"][1].update(answers=[])),
-    ("--data {}/broken", "no question has an answer at its offset",
-     lambda paragraphs: [paragraph.update(context="-") for paragraph in paragraphs])])
-def test_what_is_refused_and_a_corrected_second_try(home, tmp_path, capsys, flags, said, change):
-    if change:      # of the training file
-        shutil.copytree(home / "data", tmp_path / "broken")
-        tree = read(home / "data/train-v1.1.json")
-        _ = change == "cut" or change(tree["data"][0]["paragraphs"])
-        (tmp_path / "broken/train-v1.1.json").write_text(json.dumps(tree)[:-9 if change == "cut" else None])
-    flags = flags.format(tmp_path if change else home).split()
-    assert train(home, tmp_path / "run", *SHORT, *flags) == 2 and re.search(said, one_line(capsys))
-    assert train(home, tmp_path / "run", *SHORT, "--epochs", "0.1") == 0 and (tmp_path / "run/results.json").exists()
+WHAT_IS_THERE = [
+    "bert",         # a model folder that is no run
+    "teacher",      # another run
+    "hybrid",       # another run, and the one that is to be compacted
+    "file",
+]
 
 
-def lying(**changes):
-    """A safetensors file whose header says something else of the first tensor of a sound one."""
-    def damage(folder):
-        raw = (folder / "model.safetensors").read_bytes()
-        size = int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8:8 + size])
-        next(row for name, row in header.items() if name != "__metadata__").update(changes)
-        text = json.dumps(header).encode()
-        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size:])
-    return damage
+@pytest.mark.parametrize("out", WHAT_IS_THERE)
+def test_a_training_leaves_alone_what_is_not_its_own(chain, others, capsys, out):
+    before = snapshot(others)
+    capsys.readouterr()
+    assert run_training(chain, others / out, ["--seed", "5"]) == 2
+    assert f"{others}/{out}" in error(capsys)
+    assert snapshot(others) == before
 
 
-def rewrite(name, change):
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+@pytest.mark.parametrize("out", WHAT_IS_THERE)
+def test_a_compaction_leaves_alone_what_is_not_its_own(others, capsys, out):
+    before = snapshot(others)
+    capsys.readouterr()
+    assert run_compaction(others / "hybrid", others / out) == 2
+    assert f"{others}/{out}" in error(capsys)
+    assert snapshot(others) == before
 
 
-def config(**changes):
-    return rewrite("config.json", lambda raw: json.dumps({k: v for k, v in (json.loads(raw) | changes).items() if v is not ...}).encode())
+def test_in_a_new_folder_that_another_process_holds_nothing_is_written(home, tmp_path, capsys):
+    run = tmp_path / "run"
+    capsys.readouterr()
+    with ts.held(run):
+        assert run_training(home, run, SHORT) == 2
+    assert "another process is at work" in error(capsys)
+    assert not list(run.iterdir())
+    assert run_training(home, run, SHORT) == 0
+
+
+def test_a_folder_may_have_an_odd_name(home, tmp_path):
+    run = tmp_path / "an \"odd\" folder's $name"
+    assert run_training(home, run, SHORT) == 0
+    assert run_compaction(run, f"{run} compact") == 0
+
+
+def test_results_of_other_weights_are_seen_and_made_again(chain, tmp_path, capsys):
+    """By the SHA-256 of the weights, not by a clock."""
+    assert train_stage(chain, tmp_path / "run", "dense") == 0
+    assert run_compaction(tmp_path / "run", tmp_path / "small") == 0
+    results = read(tmp_path / "run/results.json")
+    weights = tmp_path / "run/model.safetensors"
+    good = weights.read_bytes()
+    assert results["weights_sha256"] == sha256(good)
+
+    # With a bit changed there is no table of them.
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    capsys.readouterr()
+    assert run_table([tmp_path / "run"]) == 2
+    assert "not of the weights" in error(capsys)
+    # The same command writes and scores them again, and the compaction is still of them.
+    assert train_stage(chain, tmp_path / "run", "dense") == 0
+    assert "finished before" not in capsys.readouterr().out
+    assert weights.read_bytes() == good
+    assert read(tmp_path / "run/results.json")["f1"] == results["f1"]
+    assert run_compaction(tmp_path / "run", tmp_path / "small") == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_compaction_does_not_ask_what_its_run_was_trained_on(chain, tmp_path, capsys):
+    """Nor does it matter, once it is there again."""
+    shutil.copytree(chain / "bert", tmp_path / "bert")
+    shutil.copytree(chain / "data", tmp_path / "data")
+    run = tmp_path / "run"
+    small = tmp_path / "small"
+    flags = SHORT + ["--data", f"{tmp_path}/data"]
+    assert run_training(chain, run, flags, init=tmp_path / "bert") == 0
+    assert run_compaction(run, small) == 0
+
+    for name in ("bert/model.safetensors", "data/train-v1.1.json"):
+        path = tmp_path / name
+        before = path.read_bytes()
+        path.write_bytes(b"x" + before)
+        capsys.readouterr()
+        assert run_compaction(run, small) == 0
+        assert "finished before" in capsys.readouterr().out
+        path.write_bytes(before)
+    assert run_training(chain, run, flags, init=tmp_path / "bert") == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(chain, tmp_path, monkeypatch, capsys):
+    """Begun where there are bf16 units, gone on with where there are none."""
+    precision = COMMON.index("--precision")
+    flags = COMMON[:precision] + COMMON[precision + 2:] + SHORT
+
+    def train_by_itself(name, units):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+        capsys.readouterr()
+        arguments = ["--data", f"{chain}/data", "--init", f"{chain}/bert"]
+        assert ts.main(arguments + ["--out", f"{tmp_path}/{name}"] + flags) == 0
+        return read(tmp_path / name / "run.json")["settings"]["precision"]
+
+    assert train_by_itself("begun", units=True) == "bf16"
+    assert train_by_itself("begun", units=False) == "bf16"
+    assert "finished before" in capsys.readouterr().out
+    assert train_by_itself("another", units=False) == "fp32"
+
+
+def test_all_seeds_are_scored_on_the_same_dev_questions(chain, tmp_path):
+    asked = []
+    for seed in ("17", "18"):
+        flags = SHORT + ["--seed", seed, "--dev-questions", "7"]
+        assert run_training(chain, tmp_path / seed, flags) == 0
+        asked.append(list(read(tmp_path / seed / "predictions.json")))
+    assert len(asked[0]) == 7
+    assert asked[0] == asked[1]
+
+
+# ----------------------------------------------------------- nothing is lost: what flags may not say
+
+
+def assert_second_try_works(home, run):
+    """A training with other flags takes the folder in which the first one was refused."""
+    assert run_training(home, run, SHORT + ["--epochs", "0.1"]) == 0
+    assert (run / "results.json").exists()
+
+
+REFUSED = [
+    # flags, after those of a short training; what is said of them
+    ("--method block --score-lr 1 --final-warmup 2 --block 48x4", "48x4 does not fit"),
+    ("--method block --score-lr 1 --block 4", "--block 4: "),
+    ("--method block --score-lr 1 --block 0x4", "--block 0x4"),
+    ("--method hybrid --score-lr 1 --initial-warmup 9", "no step is left"),
+    ("--method hybrid --score-lr 0.01 --final-warmup 2",
+     r"nothing could be pruned.* 12 steps.* -0\.0\d"),
+    ("--method hybrid --final-lambda -1", "--final-lambda -1.0: it must be 0 or more"),
+    ("--method hybrid --fill", "--fill "),
+    ("--epochs 0", "--epochs 0.0: it must be over 0"),
+    ("--questions 0", "--questions 0: it must be over 0"),
+    ("--threshold 0.5", "--threshold 0.5"),
+    ("--lr nan", "--lr nan"),
+    ("--lr 1e30", "run: .*step 1.*loss.* nan"),
+    ("--max-length 80", "--max-length 80 is over the model.s 64"),
+    ("--max-length 24", "--max-length 24: .*--stride 8"),
+    ("--v2 --null-threshold inf", "--null-threshold inf"),
+    ("--v2", "neither train-v2.0.json nor"),
+    ("--data {home}/bert/config.json", "Not a directory.*config.json"),
+    ("--data {home}/nowhere", "nowhere: neither train-v1.1.json nor train-v1.1.json.xz"),
+    ("--init {home}/bert/config.json", "config.json: no model folder"),
+    ("--init {home}/nowhere", "nowhere: no model folder"),
+    ("--teacher {home}/nowhere", "nowhere: no model folder"),
+    ("--teacher {home}/other", "different tokenizers"),
+]
+
+
+@pytest.mark.parametrize("flags, message", REFUSED)
+def test_what_is_refused_and_a_second_try(home, tmp_path, capsys, flags, message):
+    run = tmp_path / "run"
+    assert run_training(home, run, SHORT + flags.format(home=home).split()) == 2
+    assert re.search(message, error(capsys))
+    assert_second_try_works(home, run)
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--lamda 3", "--lamda"),
+    ("--epoch 3", "--epoch"),       # no abbreviation is guessed at
+    ("--method magnitude", "--method"),
+    ("--fill yes", "yes"),
+])
+def test_an_unknown_flag_is_refused(home, tmp_path, capsys, flags, named):
+    with pytest.raises(SystemExit, match="2"):
+        run_training(home, tmp_path / "run", flags.split())
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------- nothing is lost: training files
+
+
+def no_paragraph(paragraphs):
+    paragraphs.clear()
+
+
+def no_context(paragraphs):
+    del paragraphs[3]["context"]
+
+
+def answers_that_are_text(paragraphs):
+    paragraphs[3]["qas"][1]["answers"] = "x"
+
+
+def no_answer(paragraphs):
+    paragraphs[3]["qas"][1]["answers"] = []
+
+
+def answers_that_are_not_there(paragraphs):
+    for paragraph in paragraphs:
+        paragraph["context"] = "-"
+
+
+@pytest.mark.parametrize("change, message", [
+    (no_paragraph, "no question in it"),
+    (no_context, r"data\[0\].paragraphs\[3\] has no 'context'"),
+    (answers_that_are_text,
+     r"data\[0\].paragraphs\[3\].qas\[1\] has no 'answers' that is a list"),
+    (no_answer, r"\.qas\[1\] has no answer"),
+    (answers_that_are_not_there, "no question has an answer at its offset"),
+])
+def test_a_training_file_that_is_not_squad_is_refused(home, tmp_path, capsys, change, message):
+    shutil.copytree(home / "data", tmp_path / "data")
+    tree = read(home / "data/train-v1.1.json")
+    change(tree["data"][0]["paragraphs"])
+    write_json(tmp_path / "data/train-v1.1.json", tree)
+    run = tmp_path / "run"
+    assert run_training(home, run, SHORT + ["--data", f"{tmp_path}/data"]) == 2
+    assert re.search(message, error(capsys))
+    assert_second_try_works(home, run)
+
+
+def test_a_training_file_that_is_cut_off_is_refused(home, tmp_path, capsys):
+    shutil.copytree(home / "data", tmp_path / "data")
+    path = tmp_path / "data/train-v1.1.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    run = tmp_path / "run"
+    assert run_training(home, run, SHORT + ["--data", f"{tmp_path}/data"]) == 2
+    assert "data/train-v1.1.json: cut off, or not JSON" in error(capsys)
+    assert_second_try_works(home, run)
+
+
+def test_odd_answers_passages_and_questions_are_counted_and_said(home, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for part in ("train", "dev"):
+        tree = read(home / f"data/{part}-v1.1.json")
+        shifted, wordy, empty = tree["data"][0]["paragraphs"][:3]
+        shifted["qas"][0]["answers"][0]["answer_start"] += 1
+        wordy["qas"][0]["question"] = "Where was " * 30
+        empty["context"] = ""
+        write_json(tmp_path / f"data/{part}-v1.1.json", tree)
+    flags = ["--epochs", "0.1", "--data", f"{tmp_path}/data"]
+    assert run_training(home, tmp_path / "run", flags) == 0
+    # The shifted answer and the three of the empty passage are left out, the long question is cut.
+    said_of_them = "4 skipped (no answer at its offset), 1 cut (too long)"
+    assert said_of_them in capsys.readouterr().out
+    # To be scored, all are there. On an empty passage the answer is empty.
+    predictions = read(tmp_path / "run/predictions.json")
+    assert len(predictions) == DEV
+    assert [predictions[question["id"]] for question in empty["qas"]] == ["", "", ""]
+
+
+# -------------------------------------------------------------------- nothing is lost: model folders
+
+
+@pytest.fixture
+def bad(home, tmp_path, monkeypatch):
+    """A copy of the model folder, to be damaged. Code of a file would work in the folder above."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "bert", tmp_path / "bad")
+    return tmp_path / "bad"
+
+
+def assert_refused(home, bad, capsys, message):
+    """In one line, as --init and as --teacher; no run folder is made, and no code of a file is run."""
+    run = bad.parent / "run"
+    for folders in ({"init": bad}, {"teacher": bad}):
+        assert run_training(home, run, SHORT, **folders) == 2
+        assert re.search(message, error(capsys))
+        assert not run.exists()
+    assert not (bad.parent / "owned").exists()
+
+
+CONFIGS = [
+    # a key of config.json; its value, where ... is none; what is said of it
+    ("hidden_size", ..., "hidden_size missing"),
+    ("hidden_size", 25, "num_attention_heads"),
+    ("vocab_size", "40", "vocab_size"),
+    ("heads", [3, 3, 3], "heads is"),
+    ("model_type", "gpt2", "not a BERT"),
+    ("intermediate_size", 41, "by config.json"),
+    ("num_hidden_layers", 1, "not known here"),
+]
+
+
+@pytest.mark.parametrize("key, value, message", CONFIGS)
+def test_a_model_of_another_config_is_refused(home, bad, capsys, key, value, message):
+    config = read(bad / "config.json")
+    config[key] = value
+    if value is ...:
+        del config[key]
+    write_json(bad / "config.json", config)
+    assert_refused(home, bad, capsys, message)
+
+
+LIES = [
+    # what a header of safetensors says of the first tensor; what is said of that
+    ("data_offsets", [-8, 0], "not a sound"),
+    ("data_offsets", [0, 2 ** 62], "not a sound"),
+    ("data_offsets", [4, 8], "not a sound"),        # two tensors would overlap
+    ("dtype", "F16", "not a sound"),
+    ("dtype", "Q4", "data of type 'Q4'"),
+    ("shape", [2 ** 40, 2 ** 40], "not a sound"),
+]
+
+
+@pytest.mark.parametrize("key, value, message", LIES)
+def test_weights_whose_header_lies_are_refused(home, bad, capsys, key, value, message):
+    path = bad / "model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + size])
+    names = [name for name in header if name != "__metadata__"]
+    header[names[0]][key] = value
+    lying = json.dumps(header).encode()
+    path.write_bytes(len(lying).to_bytes(8, "little") + lying + raw[8 + size:])
+    assert_refused(home, bad, capsys, message)
 
 
 class Evil:
+    """Read by pickle, it makes a folder."""
     def __reduce__(self):
         return os.mkdir, ("owned",)
 
 
-def pickled(folder):
-    (folder / "model.safetensors").unlink()
-    torch.save({"bert.pooler.dense.bias": Evil()}, folder / "pytorch_model.bin")
+def no_folder(bad):
+    shutil.rmtree(bad)
 
 
-DAMAGE = {  # what was done to a model folder → what is said of it
-    "a longer vocabulary": (rewrite("vocab.txt", lambda raw: raw + b"more\n"), "vocab.txt: .* words for .* embeddings"),
-    "a vocabulary without [UNK]": (rewrite("vocab.txt", lambda raw: raw.replace(b"[UNK]", b"x")), "vocab.txt"),
-    "no vocabulary": (lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt is missing"),
-    "a vocabulary that is no text": (rewrite("vocab.txt", lambda raw: b"\xff\xfe" + raw), "vocab.txt"),
-    "weights cut off": (rewrite("model.safetensors", lambda raw: raw[:-9]), "model.safetensors: not a sound"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
-    "empty weights": (rewrite("model.safetensors", lambda raw: b""), "model.safetensors: not a sound"),
-    "a pickle in place of weights": (rewrite("model.safetensors", lambda raw: pickle.dumps(Evil())), "not a sound safetensors"),
-    "a pickle that runs code": (pickled, "pytorch_model.bin: not a file of tensors alone"),
-    "a header of 2^63 bytes": (rewrite("model.safetensors", lambda raw: (2 ** 63).to_bytes(8, "little") + raw[8:]), "cut off"),
-    "a negative offset": (lying(data_offsets=[-8, 0]), "not a sound"), "huge offsets": (lying(data_offsets=[0, 2 ** 62]), "not a sound"),
-    "overlapping tensors": (lying(data_offsets=[4, 8]), "not a sound"), "another dtype": (lying(dtype="F16"), "not a sound"),
-    "an unknown dtype": (lying(dtype="Q4"), "data of type 'Q4'"), "a huge shape": (lying(shape=[2 ** 40, 2 ** 40]), "not a sound"),
-    "a config cut off": (rewrite("config.json", lambda raw: raw[:-5]), "config.json: not JSON"),
-    "a config that is a list": (rewrite("config.json", lambda raw: b"[]"), "config.json: a JSON object"),
-    "a missing key": (config(hidden_size=...), "hidden_size missing"), "an impossible value": (config(hidden_size=25), "num_attention_heads"),
-    "a key too much": (config(heads=[3, 3, 3]), "heads is"), "a value of another type": (config(vocab_size="40"), "vocab_size"),
-    "another model": (config(model_type="gpt2"), "not a BERT"), "another width": (config(intermediate_size=41), "by config.json"),
-    "another depth": (config(num_hidden_layers=1), "not known here"), "no folder": (shutil.rmtree, "no model folder")}
+def config_cut_off(bad):
+    path = bad / "config.json"
+    path.write_bytes(path.read_bytes()[:-5])
 
 
-@pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_model_folder_is_refused(home, tmp_path, capsys, monkeypatch, what):
-    """In one line, as --init and as --teacher; no run folder is made, and no code of a file is run."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(home / "bert", tmp_path / "bad")
-    DAMAGE[what][0](tmp_path / "bad")
-    for folders in (dict(init=tmp_path / "bad"), dict(teacher=tmp_path / "bad")):
-        assert train(home, tmp_path / "run", *SHORT, **folders) == 2
-        assert re.search(DAMAGE[what][1], one_line(capsys)) and not (tmp_path / "run").exists()
-    assert not (tmp_path / "owned").exists()
+def config_that_is_a_list(bad):
+    (bad / "config.json").write_bytes(b"[]")
 
 
-@pytest.mark.parametrize("folder", ["run", "an \"odd\" folder's $name"])
-def test_a_folder_in_use_is_refused_and_then_free(home, tmp_path, capsys, folder):
-    with ts.held(tmp_path / folder):
-        assert train(home, tmp_path / folder, *SHORT) == 2 and "another process is at work" in one_line(capsys)
-    assert not list((tmp_path / folder).iterdir())
-    assert train(home, tmp_path / folder, *SHORT) == 0
-    assert compact.main([f"{tmp_path}/{folder}", "--out", f"{tmp_path}/{folder} compact"]) == 0
+def no_vocabulary(bad):
+    (bad / "vocab.txt").unlink()
 
 
-@pytest.mark.parametrize("name", ["run.json", "checkpoint.pt"])
-def test_a_full_disk_is_an_error_of_one_line_and_the_run_goes_on(chain, old_unbroken, tmp_path, capsys, name):
-    """No file may grow beyond the size that the named one has, less 9 bytes."""
-    flags, more = OLD_STAGES["prune"]
-    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE), (old_unbroken("prune") / name).stat().st_size - 9
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        code = train(chain, tmp_path / "run", *flags, **more)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert code == 2 and re.search("checkpoint.pt cannot be written" if name == "checkpoint.pt" else "File too large", one_line(capsys))
-    assert not list(tmp_path.glob("run/*.tmp"))
-    assert train(chain, tmp_path / "run", *flags, **more) == 0 and same(old_unbroken("prune"), tmp_path / "run")
+def vocabulary_with_a_word_more(bad):
+    path = bad / "vocab.txt"
+    path.write_bytes(path.read_bytes() + b"more\n")
 
 
-def test_an_unknown_flag_is_refused(home, tmp_path, capsys):
-    for flags in (["--lamda", "3"], ["--epoch", "3"], ["--method", "magnitude"], ["--fill", "yes"]):
-        with pytest.raises(SystemExit, match="2"):
-            train(home, tmp_path / "run", *flags)
-        assert flags[0] in capsys.readouterr().err or "yes" in flags
-    assert not (tmp_path / "run").exists()
+def vocabulary_without_unk(bad):
+    path = bad / "vocab.txt"
+    path.write_bytes(path.read_bytes().replace(b"[UNK]", b"x"))
 
 
-def test_results_older_than_their_weights_are_seen(chain, tmp_path, capsys):
-    """By the weights' sha256, not by a clock: compare refuses them, the same command scores them again."""
-    flags, more = OLD_STAGES["dense"]
-    assert train(chain, tmp_path / "run", *flags, **more) == 0 == compact.main([f"{tmp_path}/run", "--out", f"{tmp_path}/small"])
-    weights, results = tmp_path / "run/model.safetensors", read(tmp_path / "run/results.json")
-    assert results["weights_sha256"] == sha256(weights.read_bytes())
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    capsys.readouterr()
-    assert compact.main(["--compare", f"{tmp_path}/run", "--batch", "2", "--length", "48"]) == 2 and "not of the weights" in one_line(capsys)
-    assert train(chain, tmp_path / "run", *flags, **more) == 0 and "finished before" not in capsys.readouterr().out
-    assert weights.read_bytes() == good and read(tmp_path / "run/results.json")["f1"] == results["f1"]
-    assert compact.main([f"{tmp_path}/run", "--out", f"{tmp_path}/small"]) == 0 and "finished before" in capsys.readouterr().out
+def vocabulary_that_is_no_text(bad):
+    path = bad / "vocab.txt"
+    path.write_bytes(b"\xff\xfe" + path.read_bytes())
 
 
-def test_a_run_whose_start_has_changed_is_not_taken_for_finished(chain, tmp_path, capsys):
-    """The same paths, but --init or --data hold something else now."""
-    shutil.copytree(chain / "bert", tmp_path / "bert")
-    shutil.copytree(chain / "data", tmp_path / "data")
-    run = [tmp_path / "run", *SHORT, "--data", str(tmp_path / "data")]
-    compaction = [str(tmp_path / "run"), "--out", str(tmp_path / "small")]
-    assert train(chain, *run, init=tmp_path / "bert") == 0 and compact.main(compaction) == 0
-    weights, data, dev = tmp_path / "bert/model.safetensors", *(tmp_path / f"data/{part}-v1.1.json" for part in ("train", "dev"))
-    for path, what in ((weights, "contents of init"), (data, "contents of data"), (dev, "contents of dev")):
-        before = path.read_bytes()
-        path.write_bytes(before[:-1] + (b"\1" if path is weights else b" \n"))
-        capsys.readouterr()
-        assert train(chain, *run, init=tmp_path / "bert") == 2
-        said = one_line(capsys)
-        assert what in said and said.count(" was ") == 1
-        assert compact.main(compaction) == (2 if path is dev else 0)
-        assert ("contents of dev was " if path is dev else "finished before") in "".join(capsys.readouterr())
-        path.write_bytes(before)
-    assert train(chain, *run, init=tmp_path / "bert") == 0 and "finished before" in capsys.readouterr().out
+def no_weights(bad):
+    (bad / "model.safetensors").unlink()
 
 
-def test_a_run_keeps_its_precision_and_all_seeds_share_a_dev_set(chain, tmp_path, monkeypatch, capsys):
-    """Begun where there are bf16 units, gone on with where there are none."""
-    flags = ["--data", f"{chain}/data", "--init", f"{chain}/bert", *SHORT, "--dev-questions", "7", "--device", "cpu",
-             *"--max-length 48 --max-question 16 --stride 8".split()]
-    asked = []
-    for seed, units in (("17", True), ("17", False), ("18", False)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
-        assert ts.main([*flags, "--seed", seed, "--out", f"{tmp_path}/{seed}"]) == 0
-        asked.append(list(read(tmp_path / seed / "predictions.json")))
-    assert [read(tmp_path / seed / "run.json")["settings"]["precision"] for seed in ("17", "18")] == ["bf16", "fp32"]
-    assert capsys.readouterr().out.count("finished before") == 1 and asked[0] == asked[1] == asked[2]
+def empty_weights(bad):
+    (bad / "model.safetensors").write_bytes(b"")
 
 
-def test_odd_answers_passages_and_questions_are_counted_and_said(home, tmp_path, capsys):
-    """An answer off its offset is left out, a question too long is cut, an empty passage is answered with nothing."""
-    shutil.copytree(home / "data", tmp_path / "data")
-    for part in ("train", "dev"):
-        tree = read(tmp_path / f"data/{part}-v1.1.json")
-        paragraphs = tree["data"][0]["paragraphs"]
-        paragraphs[0]["qas"][0]["answers"][0]["answer_start"] += 1
-        paragraphs[1]["qas"][0]["question"] = "Where was " * 30
-        paragraphs[2]["context"] = ""
-        write_json(tmp_path / f"data/{part}-v1.1.json", tree)
-    assert train(home, tmp_path / "run", "--epochs", "0.1", "--data", str(tmp_path / "data")) == 0
-    assert "4 skipped (no answer at its offset), 1 cut (too long)" in capsys.readouterr().out     # 1 and the 3 of the empty passage
-    predictions = read(tmp_path / "run/predictions.json")
-    assert len(predictions) == DEV and [predictions[qa["id"]] for qa in paragraphs[2]["qas"]] == [""] * 3
+def weights_cut_off(bad):
+    path = bad / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
 
 
-@pytest.mark.parametrize("wrong", ["another shape", "cut off"])
-def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(home, tmp_path, monkeypatch, capsys, wrong):
-    with monkeypatch.context() as patch:
-        break_at(patch, 5, signal.SIGINT)
-        assert train(home, tmp_path / "run", *SHORT, "--checkpoint-every", "0") == 130
-    path = tmp_path / "run/checkpoint.pt"
-    state = torch.load(path, weights_only=True)
-    state["model"]["bert.layers.1.ffn.fc1.weight"] = torch.zeros(F + 1, E)
-    torch.save(state, path)
-    os.truncate(path, path.stat().st_size // (2 if wrong == "cut off" else 1))
-    before = snapshot(tmp_path)
-    capsys.readouterr()
-    assert train(home, tmp_path / "run", *SHORT) == 2
-    assert "checkpoint.pt" in one_line(capsys) and snapshot(tmp_path) == before
+def header_of_2_to_the_63_bytes(bad):
+    path = bad / "model.safetensors"
+    path.write_bytes((2 ** 63).to_bytes(8, "little") + path.read_bytes()[8:])
 
 
-def test_a_compaction_that_changes_the_function_and_a_table_of_no_results(chain, tmp_path, monkeypatch, capsys):
-    def wrong(model, cut=compact.compact):
-        small = cut(model)
+def pickle_in_place_of_weights(bad):
+    (bad / "model.safetensors").write_bytes(pickle.dumps(Evil()))
+
+
+def pickle_that_runs_code(bad):
+    (bad / "model.safetensors").unlink()
+    torch.save({"bert.pooler.dense.bias": Evil()}, bad / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (no_folder, "no model folder"),
+    (config_cut_off, "config.json: not JSON"),
+    (config_that_is_a_list, "config.json: a JSON object"),
+    (no_vocabulary, "vocab.txt is missing"),
+    (vocabulary_with_a_word_more, "vocab.txt: .* words for .* embeddings"),
+    (vocabulary_without_unk, "vocab.txt"),
+    (vocabulary_that_is_no_text, "vocab.txt"),
+    (no_weights, "no model.safetensors"),
+    (empty_weights, "model.safetensors: not a sound"),
+    (weights_cut_off, "model.safetensors: not a sound"),
+    (header_of_2_to_the_63_bytes, "cut off"),
+    (pickle_in_place_of_weights, "not a sound safetensors"),
+    (pickle_that_runs_code, "pytorch_model.bin: not a file of tensors alone"),
+])
+def test_a_damaged_model_folder_is_refused(home, bad, capsys, damage, message):
+    damage(bad)
+    assert_refused(home, bad, capsys, message)
+
+
+# -------------------------------------------------------- nothing is lost: compactions and the table
+
+
+def test_a_compaction_that_changes_the_function_writes_no_model(chain, tmp_path, monkeypatch,
+                                                                capsys):
+    def wrong(model, right=compact.compact):
+        small = right(model)
         small.qa_outputs.weight.data[0, 5] += 1e-2
         return small
 
     monkeypatch.setattr(compact, "compact", wrong)
-    assert compact.main([f"{chain}/hybrid", "--out", f"{tmp_path}/small"]) == 2
-    assert "differs" in one_line(capsys)
+    capsys.readouterr()
+    assert run_compaction(chain / "hybrid", tmp_path / "small") == 2
+    assert "differs" in error(capsys)
     assert [path.name for path in (tmp_path / "small").iterdir()] == ["run.json"]
+
+
+def test_a_table_of_more_positions_than_a_model_has_is_refused(chain, capsys):
     before = snapshot(chain)
-    for folders, length, said in ((["teacher"], "65", "64 positions"), (["teacher", "bert"], "48", "bert.results.json")):
-        folders = [f"{chain}/{name}" for name in folders]
-        assert compact.main(["--compare", *folders, "--batch", "2", "--length", length]) == 2
-        assert re.search(said, one_line(capsys)) and snapshot(chain) == before
+    capsys.readouterr()
+    assert run_table([chain / "teacher"], ["--length", "65"]) == 2
+    assert "64 positions" in error(capsys)
+    assert snapshot(chain) == before
+
+
+def test_a_table_of_a_folder_without_results_is_refused(chain, capsys):
+    before = snapshot(chain)
+    capsys.readouterr()
+    assert run_table([chain / "teacher", chain / "bert"]) == 2
+    assert "bert/results.json" in error(capsys)
+    assert snapshot(chain) == before
+
+
+def test_a_table_of_another_dev_set_is_refused(chain, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)     # the built-in corpus is written under data/
-    assert compact.main(["--compare", f"{chain}/teacher", "--data", "builtin"]) == 2 and "same dev questions" in one_line(capsys)
+    before = snapshot(chain)
+    capsys.readouterr()
+    assert run_table([chain / "teacher"], ["--data", "builtin"]) == 2
+    assert "same dev questions" in error(capsys)
+    assert snapshot(chain) == before
 
 
-def sha256(raw):
-    return hashlib.sha256(raw).hexdigest()
+# --------------------------------------------------------------------------------------- importing
+
+IMPORT_ALL = """
+import random, signal, torch
+
+def state():
+    generators = (torch.get_rng_state().tolist(), random.getstate())
+    return generators, signal.getsignal(signal.SIGINT), torch.get_num_threads()
+
+before = state()
+import blockprune, bert, compact, train_squad
+assert state() == before
+"""
 
 
 def test_importing_prints_nothing_and_changes_nothing(tmp_path):
-    code = """if True:
-        import random, signal, torch
-        state = lambda: (torch.get_rng_state().tolist(), random.getstate(), signal.getsignal(2), torch.get_num_threads())
-        before = state()
-        import blockprune, bert, compact, train_squad
-        assert state() == before"""
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # -B: no compiled files either.
+    done = subprocess.run([sys.executable, "-B", "-c", IMPORT_ALL], cwd=tmp_path, env=environment,
+                          capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == ""
+    assert not list(tmp_path.iterdir())
