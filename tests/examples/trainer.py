@@ -22,7 +22,6 @@ from blockprune import (bake, density, mask_dimensions, mask_weight, parameter_g
 
 
 class PruningTrainer(transformers.Trainer):
-    """A Trainer for a model with masks."""
     score_lr = 1e-2         # peak rate of the scores; schedule and clip are those of the weights
     final_tau = 0.1
     final_lambda = 20.0     # to be found for each model: the higher, the less is kept
@@ -93,8 +92,8 @@ def main():
     model = put_masks_on(tiny_bert())
     with tempfile.TemporaryDirectory() as folder:
         args = transformers.TrainingArguments(
-            folder, max_steps=300, per_device_train_batch_size=16, gradient_accumulation_steps=2,
-            learning_rate=3e-3, warmup_steps=15, save_steps=150, logging_steps=100,
+            folder, max_steps=200, per_device_train_batch_size=16, gradient_accumulation_steps=2,
+            learning_rate=3e-3, warmup_steps=15, save_steps=100, logging_steps=100,
             report_to="none", disable_tqdm=True, use_cpu=True)
         trainer = PruningTrainer(model, args, train_dataset=sentences(4000),
                                  eval_dataset=sentences(500), compute_metrics=accuracy)
