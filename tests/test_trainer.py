@@ -1,8 +1,8 @@
 """blockprune.py with the `transformers` package: its Trainer, and a tiny LLaMA that generates.
 
-The Trainer is that of tests/examples/trainer.py. What is asked of it is what people rely on: however
-a step's batch is cut up, the same masks come out; a resumed run ends at the same bits; what is saved
-is what was trained.
+The Trainer is that of tests/examples/trainer.py. The same masks come out however a step's batch is
+divided; a resumed run ends at the same bits; what is saved is what was trained. The LLaMA generates
+the same tokens masked, baked and cut.
 """
 import copy
 import importlib
@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blockprune import (bake, cut_dimensions, density, mask_dimensions, mask_weight, masks, penalty,
-                        set_threshold, threshold_schedule)
+from blockprune import (bake, cut_dimensions, cut_heads, density, mask_dimensions, mask_weight,
+                        masks, penalty, set_threshold, threshold_schedule)
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -77,7 +77,7 @@ def test_the_example_prunes_and_saves():
     assert kept["ffn"] < 0.4
 
 
-# ------------------------------------------------------------------------------- in the middle of it
+# ---------------------------------------------------------------------------------- while it trains
 
 
 # A model may use num_items_in_batch, may take it without using it, or may not take it.
@@ -143,7 +143,7 @@ def test_the_loss_has_the_penalty_in_training_alone(tmp_path):
         assert_close(trainer.compute_loss(trainer.model, batch), expected)
 
 
-# ----------------------------------------------------------------------------- stopped and saved
+# ------------------------------------------------------------------------------- stopped and saved
 
 
 def test_a_resumed_run_ends_at_the_same_bits(tmp_path):
@@ -194,3 +194,82 @@ def test_what_is_saved_has_the_logits_of_the_masked_model(tmp_path):
         assert torch.equal(reloaded(ids).logits, expected)
         assert torch.equal(model(ids).logits, expected)     # the original has its masks still
     assert len(list(masks(model))) == 12
+
+
+# ------------------------------------------------------------------------------- a LLaMA generates
+
+
+def tiny_llama(biases, key_value_heads):
+    """A random LLaMA in fp64, where rounding cannot turn one token into another."""
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=44, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=key_value_heads, mlp_bias=biases,
+        attention_bias=biases, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    # Biases are not 0, and weights so large that the model has more than one word to say.
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def attention_of(layer):
+    attention = layer.self_attn
+    return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+
+
+def put_random_masks_on(llama):
+    """About half of the blocks of attention and of the inner dimensions are pruned."""
+    for layer in llama.model.layers:
+        for linear in attention_of(layer):
+            mask_weight(linear, (4, 8), kind="attention")
+        mlp = layer.mlp
+        mask_dimensions(mlp.up_proj, mlp.down_proj, gate=mlp.gate_proj)
+    for mask in masks(llama):
+        mask.scores.data.normal_(std=3)
+    set_threshold(llama, 0.5)
+
+
+def generate(model):
+    """12 more tokens for 3 prompts, the shorter ones padded on the left; and their logits."""
+    ids = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13], [0, 20, 21, 22, 23]])
+    with torch.no_grad():
+        output = model.generate(
+            ids, attention_mask=(ids != 0).long(), max_new_tokens=12, do_sample=False,
+            output_logits=True, return_dict_in_generate=True)
+    return output.sequences, torch.stack(output.logits)
+
+
+@pytest.mark.parametrize("key_value_heads", [4, 2])     # two of four: grouped-query attention
+@pytest.mark.parametrize("biases", [True, False])
+def test_a_llama_generates_the_same_masked_baked_and_cut(biases, key_value_heads):
+    torch.manual_seed(0)
+    model = tiny_llama(biases, key_value_heads)
+    dense_tokens, _ = generate(model)
+    put_random_masks_on(model)
+    # In each layer the values of the third head of four, which are two blocks high, are pruned.
+    for layer in model.model.layers:
+        values = layer.self_attn.v_proj.parametrizations.weight[0]
+        values.scores.data[4:6] = -9
+    assert 0.3 < density(model)["all"] < 0.7
+
+    # Masked.
+    tokens, logits = generate(model)
+    assert not torch.equal(tokens, dense_tokens)
+    assert len(tokens[:, 5:].unique()) > 5
+    # Baked.
+    bake(model)
+    baked_tokens, baked_logits = generate(model)
+    assert torch.equal(baked_tokens, tokens)
+    assert torch.equal(baked_logits, logits)
+    # Cut: dimensions, and heads where each has keys and values of its own.
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        left = cut_dimensions(mlp.up_proj, mlp.down_proj, mlp.act_fn, gate=mlp.gate_proj)
+        assert 10 < left < 34
+        assert mlp.up_proj.out_features == mlp.gate_proj.out_features == left
+        if key_value_heads == 4:
+            assert cut_heads(*attention_of(layer), head_size=8) == 3
+    cut_tokens, cut_logits = generate(model)
+    assert torch.equal(cut_tokens, tokens)
+    assert_close(cut_logits, logits, rtol=0, atol=1e-9)
