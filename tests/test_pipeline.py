@@ -1,8 +1,9 @@
 """The whole pipeline, through its command lines: train_squad.main(argv) and compact.main(argv).
 
 In order: the chain of `make squad` and what it leaves on disk; the other methods; SQuAD 2.0; two
-processes; questions from the terminal; what results.json is of; runs that were broken off go on to
-the same bits; nothing is lost: what is refused, in one line, and a corrected second try; importing.
+processes; questions from the terminal; what results.json is of; runs that were broken off, which go
+on to the same bits; what is refused, in one line and with nothing lost, as run folders, flags,
+training files, model folders, compactions and tables; importing.
 
 The model is a tiny random BERT whose vocabulary is the words of a small made-up corpus. Kills and
 damage of the whole chain are in test_faults.py.
@@ -869,7 +870,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(home, tmp_path, monk
     assert snapshot(tmp_path) == before
 
 
-# ------------------------------------------------------------------------ nothing is lost: run folders
+# -------------------------------------------------------------------------------------- run folders
 
 
 def test_a_run_of_other_settings_is_left_alone_and_they_are_named(chain, capsys):
@@ -959,7 +960,6 @@ def test_results_of_other_weights_are_seen_and_made_again(chain, tmp_path, capsy
 
 
 def test_a_compaction_does_not_ask_what_its_run_was_trained_on(chain, tmp_path, capsys):
-    """Nor does it matter, once it is there again."""
     shutil.copytree(chain / "bert", tmp_path / "bert")
     shutil.copytree(chain / "data", tmp_path / "data")
     run = tmp_path / "run"
@@ -976,6 +976,7 @@ def test_a_compaction_does_not_ask_what_its_run_was_trained_on(chain, tmp_path, 
         assert run_compaction(run, small) == 0
         assert "finished before" in capsys.readouterr().out
         path.write_bytes(before)
+    # With the old contents back, the training is finished as well.
     assert run_training(chain, run, flags, init=tmp_path / "bert") == 0
     assert "finished before" in capsys.readouterr().out
 
@@ -1008,7 +1009,7 @@ def test_all_seeds_are_scored_on_the_same_dev_questions(chain, tmp_path):
     assert asked[0] == asked[1]
 
 
-# ----------------------------------------------------------- nothing is lost: what flags may not say
+# --------------------------------------------------------------------------- what is refused: flags
 
 
 def assert_second_try_works(home, run):
@@ -1066,7 +1067,7 @@ def test_an_unknown_flag_is_refused(home, tmp_path, capsys, flags, named):
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------- nothing is lost: training files
+# ------------------------------------------------------------------ what is refused: training files
 
 
 def no_paragraph(paragraphs):
@@ -1123,41 +1124,43 @@ def test_odd_answers_passages_and_questions_are_counted_and_said(home, tmp_path,
     (tmp_path / "data").mkdir()
     for part in ("train", "dev"):
         tree = read(home / f"data/{part}-v1.1.json")
-        shifted, wordy, empty = tree["data"][0]["paragraphs"][:3]
-        shifted["qas"][0]["answers"][0]["answer_start"] += 1
-        wordy["qas"][0]["question"] = "Where was " * 30
-        empty["context"] = ""
+        paragraphs = tree["data"][0]["paragraphs"]
+        paragraphs[0]["qas"][0]["answers"][0]["answer_start"] += 1
+        paragraphs[1]["qas"][0]["question"] = "Where was " * 30
+        paragraphs[2]["context"] = ""
         write_json(tmp_path / f"data/{part}-v1.1.json", tree)
     flags = ["--epochs", "0.1", "--data", f"{tmp_path}/data"]
     assert run_training(home, tmp_path / "run", flags) == 0
-    # The shifted answer and the three of the empty passage are left out, the long question is cut.
-    said_of_them = "4 skipped (no answer at its offset), 1 cut (too long)"
-    assert said_of_them in capsys.readouterr().out
-    # To be scored, all are there. On an empty passage the answer is empty.
+    # The moved answer and the three of the empty passage are left out, the long question is cut.
+    counts = "4 skipped (no answer at its offset), 1 cut (too long)"
+    assert counts in capsys.readouterr().out
+    # All of the dev file, which was changed last, are scored. An empty passage answers nothing.
     predictions = read(tmp_path / "run/predictions.json")
     assert len(predictions) == DEV
-    assert [predictions[question["id"]] for question in empty["qas"]] == ["", "", ""]
+    for question in paragraphs[2]["qas"]:
+        assert predictions[question["id"]] == ""
 
 
-# -------------------------------------------------------------------- nothing is lost: model folders
+# ------------------------------------------------------------------- what is refused: model folders
 
 
 @pytest.fixture
 def bad(home, tmp_path, monkeypatch):
-    """A copy of the model folder, to be damaged. Code of a file would work in the folder above."""
+    """A copy of the model folder, to be damaged. Code in a file of it would run in tmp_path."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(home / "bert", tmp_path / "bad")
     return tmp_path / "bad"
 
 
 def assert_refused(home, bad, capsys, message):
-    """In one line, as --init and as --teacher; no run folder is made, and no code of a file is run."""
+    """In one line, as --init and as --teacher. No run folder is made, and no code is run."""
     run = bad.parent / "run"
-    for folders in ({"init": bad}, {"teacher": bad}):
-        assert run_training(home, run, SHORT, **folders) == 2
-        assert re.search(message, error(capsys))
-        assert not run.exists()
-    assert not (bad.parent / "owned").exists()
+    assert run_training(home, run, SHORT, init=bad) == 2
+    assert re.search(message, error(capsys))
+    assert run_training(home, run, SHORT, teacher=bad) == 2
+    assert re.search(message, error(capsys))
+    assert not run.exists()
+    assert not (bad.parent / "owned").exists()      # see Evil
 
 
 CONFIGS = [
@@ -1291,7 +1294,7 @@ def test_a_damaged_model_folder_is_refused(home, bad, capsys, damage, message):
     assert_refused(home, bad, capsys, message)
 
 
-# -------------------------------------------------------- nothing is lost: compactions and the table
+# ---------------------------------------------------------- what is refused: compactions and tables
 
 
 def test_a_compaction_that_changes_the_function_writes_no_model(chain, tmp_path, monkeypatch,
@@ -1333,7 +1336,7 @@ def test_a_table_of_another_dev_set_is_refused(chain, tmp_path, monkeypatch, cap
     assert snapshot(chain) == before
 
 
-# --------------------------------------------------------------------------------------- importing
+# ---------------------------------------------------------------------------------------- importing
 
 IMPORT_ALL = """
 import random, signal, torch
