@@ -695,9 +695,10 @@ def _check_tied(model: nn.Module, masked_modules: Sequence[nn.Module]) -> None:
             everything = model.named_parameters(remove_duplicate=False)
             names = [name for name, parameter in everything if parameter is original]
             raise ValueError(
-                f"a masked weight has another owner, which is not masked alike: {names}; mask all "
-                f"of them with the same scores=mask.scores, or untie those without a mask before "
-                f"bake(), with module.weight = nn.Parameter(module.weight.clone())")
+                f"a masked weight or bias has another owner, which is not masked alike: {names}; "
+                f"mask all of them with the same scores=mask.scores, or untie those without a mask "
+                f"before bake(), with module.weight = nn.Parameter(module.weight.clone()); where "
+                f'it is a bias, bias="" in mask_weight() leaves it without a mask')
 
 
 def _warn_if_nothing_is_pruned(model: nn.Module) -> None:

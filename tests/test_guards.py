@@ -509,6 +509,24 @@ def test_tied_weights_masked_otherwise_are_refused():
         bake(net)
 
 
+def test_a_tied_bias_is_refused_and_may_go_without_a_mask():
+    def net_with_a_tied_bias():
+        net = nn.ModuleDict({"head": nn.Linear(5, 9), "other": nn.Linear(5, 9)})
+        net["other"].bias = net["head"].bias
+        return net
+
+    net = net_with_a_tied_bias()
+    mask_weight(net["head"], (1, 5))
+    with pytest.raises(ValueError, match='head.*other.*bias=""'):
+        bake(scatter(net))
+    # The way out that it names.
+    net = net_with_a_tied_bias()
+    mask_weight(net["head"], (1, 5), bias="")
+    bake(scatter(net))
+    assert net["head"].bias is net["other"].bias
+    assert not net["head"].weight.all()
+
+
 def test_a_module_that_is_used_twice_has_one_owner():
     layer = nn.Linear(5, 5)
     mask_weight(layer, (1, 1))
