@@ -267,7 +267,7 @@ def read_json(path: Path, *needs: str) -> dict:
 
 def write_json(path: Path, values) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------- safetensors
