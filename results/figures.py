@@ -465,7 +465,7 @@ def generated() -> dict[str, str]:
         "headline": headline(),
         "epochs": epochs_table(),
         "places": places(),
-        "builtin-log": "\n" + "".join(f"    {line}\n" for line in log[-5:]),
+        "builtin-log": "\n" + "".join(f"    {line}\n" for line in log[-6:]),
         "sweep": sweep_table(),
         "guide": guide(),
         "verdicts": verdicts(),
