@@ -304,7 +304,7 @@ def prepare(model: BertForQuestionAnswering, config: Config) -> torch.optim.Adam
     """Move the model to its device, and make its optimiser.
 
     Differs: the reference has transformers' AdamW, with ε before the bias correction. Where a
-    # gradient is 1e-6 its first step is 0.77 of torch's; after 5,400 steps the two are equal.
+    gradient is 1e-6 its first step is 0.77 of torch's; after 5,400 steps the two are equal.
     """
     for layer in model.bert.layers:
         layer.attention.dropout = config.attention_dropout
