@@ -78,12 +78,12 @@ class StraightThrough(torch.autograd.Function):
         # M is repeated over its block in weight_mask(), and autograd sums what comes back.
         return grad, None
 
-    # A forward() without ctx, and torch.func (grad, vmap), need these two. Nothing is kept for the
-    # gradient.
+    # torch.func wants apart from forward() what is kept for backward(). Nothing is.
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         pass
 
+    # torch.vmap takes the two functions as they are.
     generate_vmap_rule = True
 
 
@@ -184,7 +184,7 @@ class BiasMask(nn.Module):
         mask = self._mask[0]
         outputs = mask.shape[self.output_dim]
         outputs_per_block = mask.block[self.output_dim]
-        # In this row of blocks, is any block left? (The shapes assume that outputs are rows.)
+        # In this row of blocks, is any block left? (Shapes are those of output_dim 0.)
         alive = mask.block_mask().detach()                  # (⌈R/r⌉, ⌈C/c⌉)
         alive = alive.amax(dim=1 - self.output_dim)         # (⌈R/r⌉,)
         # The same for each output, as in weight_mask().
@@ -237,7 +237,8 @@ def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, gate: Optional[nn.Module]
     fc1, fc2: weights of (out, in), or convolutions of (out, in, kh, kw).
     gate: of a layer fc2(act(gate(x)) · fc1(x)), as in LLaMA: its row j has the same score.
     Returns the scores, (F,) for F inner dimensions. Raises ValueError, with nothing changed, where
-    the outputs of fc1 or gate are not the inputs of fc2, or where one of them is masked already.
+    the outputs of fc1 or gate are not the inputs of fc2, where one of them is masked already, or is
+    known to store (in, out).
     """
     _check_feed_forward(fc1, fc2, gate)
     F, inputs = fc1.weight.flatten(1).shape

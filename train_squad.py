@@ -8,9 +8,10 @@
   python train_squad.py --ask R/filled                            a passage and questions of yours
   torchrun --nproc_per_node=2 train_squad.py …                    a training, in two processes
 
-In this order: settings; the method on BERT, which is masks, loss, schedules, loop; then what any
-fine-tuning needs: data, answers, run folders, command line. Differs: in the paper pruning starts
-from the pretrained model (--init WEIGHTS); at small scale it does better from the teacher.
+In this order: settings; the method on BERT, which is masks, loss, schedules, loop and refilling;
+then what any fine-tuning needs: presets, data, answers, run folders, command line; and the built-in
+corpus. Differs: in the paper pruning starts from the pretrained model (--init WEIGHTS); at small
+scale it does better from the teacher.
 After Lagunas et al. 2021 and its code, huggingface/nn_pruning at 0cef2b2, cited as [R:file].
 
     B batch   T tokens   E hidden size   D head size   S scores   τ threshold   λ weight of penalty
@@ -85,15 +86,15 @@ class Config:
     final_warmup: float = 10            # and final for this · warmup_steps [R:parameters.json]
     threshold: float = 0.1              # final τ: a block is pruned at σ(S) ≤ τ [R:command_line.py]
     final_lambda: float | None = None   # λ at the final τ: the higher, the less is kept
-    attention_lambda: float | None = None   # factor on λ for attention; else 1, for struct 0.05
-    ffn_lambda: float | None = None     # factor on λ for the feed-forward layers; else 1
+    attention_lambda: float | None = None   # factor on λ for attention; None: the preset's
+    ffn_lambda: float | None = None     # the same for the feed-forward layers
     alpha_ce: float = 0.1               # of the cross entropy, with a teacher [R:command_line.py]
     alpha_kd: float = 0.9               # of the distillation [R:command_line.py]
     temperature: float = 2              # of the distillation [R:patch_coordinator.py]
     attention_dropout: float | None = None  # paper: 0.1. Differs: 0, for speed on a CPU
     weight_decay: float = 0             # of matrices; paper: 0
     clip: float = 1                     # largest norm of all gradients together; paper: 1
-    precision: str | None = None        # {bf16,fp32}; None: bf16 where the hardware has it
+    precision: str | None = None        # {bf16,fp32}; None: bf16 where it is fast; paper: fp32
     device: str | None = None           # {cpu,cuda,mps}; None: a GPU that works, else the CPU
     log_every: int = 20                 # steps
     checkpoint_every: int = 300         # seconds
@@ -277,7 +278,7 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
             group["lr"] = group["peak_lr"] * factor
         optimizer.step()
 
-        # The log, and a checkpoint: from there a stopped run ends with the same bits as this one.
+        # The log, and a checkpoint: from there a stopped run goes on (on a CPU to the same bits).
         done = step + 1
         now = time.monotonic()
         if done % config.log_every == 0 or done == total:
@@ -415,9 +416,9 @@ PRESETS = {
         "fill": dict(epochs=4, lr=3e-5),
     },
 }
-# Paper: what the authors' log has for BERT-base at about a quarter of the weights kept.
+# Paper: λ of the authors' log, where BERT-base keeps about a quarter of the weights.
 PAPER_LAMBDAS = {
-    "hybrid": dict(final_lambda=20, ffn_lambda=0.25),       # what the headline was filled from
+    "hybrid": dict(final_lambda=20, ffn_lambda=0.25),       # 20 %, the headline; 26 % refilled
     "block": dict(final_lambda=20),                         # 26 % at 32x32, 22 % at 8x8
     # One score a head stands here for four of theirs, and is pushed as hard as the four together.
     "struct": dict(final_lambda=2.5, attention_lambda=0.00156),
