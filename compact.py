@@ -191,7 +191,6 @@ def counted(model: BertForQuestionAnswering) -> dict:
         "parameters": parameters,
         "density": parameters["linear_nonzero"] / parameters["linear_dense"],
         "heads": small.heads,
-        "heads_authors_rule": heads_authors_rule(model),
         "ffn": small.ffn,
     }
 
@@ -338,11 +337,9 @@ def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None,
         after = ts.evaluate(small, features, config, out)
 
         # 4. Count. The authors' rule needs the masked model: its queries and keys are all there.
-        of_masked = counted(masked)
-        sizes = counted(small)
-        sizes["heads_authors_rule"] = of_masked["heads_authors_rule"]
         ts.write_results(out, config, None, dev, **after, exact_match_masked=before["exact_match"],
-                         f1_masked=before["f1"], density_masked=of_masked["density"], **sizes,
+                         f1_masked=before["f1"], density_masked=counted(masked)["density"],
+                         **counted(small), heads_authors_rule=heads_authors_rule(masked),
                          max_abs_logit_difference=worst, allowed_logit_difference=allowed,
                          command=command, seconds=time.monotonic() - began)
     print(draw(small.config))
@@ -404,10 +401,9 @@ def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int,
     dense = models[0].config
     table = []
     for folder, results, model, milliseconds in zip(folders, rows, models, times):
-        sizes = counted(model)
+        results.update(counted(model))
         # Of a compacted model the authors' rule was counted on the masked one: that number stays.
-        sizes["heads_authors_rule"] = results.get("heads_authors_rule", sizes["heads_authors_rule"])
-        results.update(sizes)
+        results.setdefault("heads_authors_rule", heads_authors_rule(model))
         results.update(latency_ms=milliseconds, speedup=times[0] / milliseconds, batch=batch,
                        length=length, device=device, threads=threads,
                        flops_ratio=flops(dense, length) / flops(model.config, length))
@@ -459,9 +455,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compare", nargs="+", type=Path, metavar="FOLDER",
                         help="print the table of run folders")
     parser.add_argument("--data", default="",
-                        help="folder with dev-v1.1.json; default: that of the run")
+                        help="folder with dev-v1.1.json; default: that of the run; with --compare: "
+                             "refuse models that were scored on another")
     parser.add_argument("--v2", action="store_true",
-                        help="score on dev-v2.0.json, whatever the run was trained on")
+                        help="dev-v2.0.json instead, whatever the run was trained on")
     parser.add_argument("--dev-questions", type=int,
                         help="as in train_squad.py; default: that of the run")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: that of the run")
