@@ -87,7 +87,7 @@ fi
 questions=$$QUESTIONS
 device=$$($(PY) -c "$$GPU_OR_CPU")
 if [ "$$(basename "$$data")" = builtin ]; then
-  duration='5 minutes on two cores with bf16, 9 without'
+  duration='3 minutes on two cores with bf16, longer without'
 elif [ '$(PRESET)' = paper ]; then
   duration='weeks on two cores, hours on a GPU'
 elif [ "$$device" = gpu ]; then

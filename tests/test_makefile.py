@@ -364,7 +364,7 @@ def test_the_built_in_corpus_is_used_whole(tmp_path):
     write_down_calls(tmp_path)
     done = make(tmp_path, "squad", DATA="builtin", MODEL="bert")
     assert done.returncode == 0, done.stderr
-    assert "builtin, all questions, bert, on a " in done.stdout and "About 5 minutes" in done.stdout
+    assert "builtin, all questions, bert, on a " in done.stdout and "About 3 minutes" in done.stdout
     for run in trainings(tmp_path):
         assert (run["data"], run["questions"]) == ("builtin", None)
 
