@@ -20,6 +20,7 @@ from pictures import curves_picture, layers_picture, masks_picture, run_picture
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 HEADLINE = ("epochs", "hybrid-6")       # the run and the pruned model of README.md's first table
+LENGTHS = (("epochs", 3), ("epochs", 6))     # a run, and its epochs of pruning
 
 
 def read(*parts: str):
@@ -173,20 +174,18 @@ def how_it_was_made(run: str) -> str:
     return "\n".join(lines)
 
 
-def epochs_table(run: str = "epochs") -> str:
-    """Epochs of pruning → what is kept, and F1 on the way; a row for each length that was run."""
-    columns = ["epochs", "λ", "score lr", "non-zero masked", "non-zero refilled", "F1 masked",
-               "F1 compacted", "F1 refilled", "F1 − dense (95 %)", "heads", "speed"]
-    rows = []
-    for epochs in (3, 6, 10, 20):
-        if (HERE / run / f"hybrid-{epochs}-filled" / "results.json").exists():
-            rows.append(epochs_row(run, epochs))
+def epochs_table() -> str:
+    """Epochs of pruning → what is kept, and F1 on the way; a row for each length."""
+    columns = ["epochs", "λ", "score lr", "non-zero masked", "non-zero refilled", "F1 dense",
+               "F1 masked", "F1 compacted", "F1 refilled", "F1 − dense (95 %)", "heads", "speed"]
+    rows = [epochs_row(run, epochs) for run, epochs in LENGTHS]
     return markdown(columns, rows)
 
 
 def epochs_row(run: str, epochs: int) -> list[str]:
     pruned = f"hybrid-{epochs}"
     settings = read(run, pruned, "run.json")["settings"]
+    dense = read(run, "teacher", "results.json")
     masked = read_masked(run, pruned)
     compacted = read(run, f"{pruned}-compact", "results.json")
     filled = read(run, f"{pruned}-filled", "results.json")
@@ -201,6 +200,7 @@ def epochs_row(run: str, epochs: int) -> list[str]:
         f"{settings['score_lr']:g}",
         percent(masked["density"]),
         percent(filled["density"]),
+        f"{dense['f1']:.2f}",
         f"{masked['f1']:.2f}",
         f"{compacted['f1']:.2f}",
         link(f"{filled['f1']:.2f}", run, f"{pruned}-filled"),
@@ -318,22 +318,23 @@ def sweep() -> dict[str, list[dict]]:
 def sweep_table() -> str:
     """One row for each point, the least pruned first."""
     dense = read("sweep", "teacher", "results.json")
-    named = [("dense", dict(dense, folder="teacher", weight=0))]
+    rows = [sweep_row("dense", "teacher", "–", dense)]
     for title, points in sweep().items():
         for point in points:
-            named.append((title, point))
-    rows = []
-    for title, r in named:
-        rows.append([
-            link(title, "sweep", r["folder"]),
-            f"{r['weight']:g}",
-            f"{r['f1']:.2f}",
-            f"{r['exact_match']:.2f}",
-            percent(r["density"]),
-            str(sum(r["heads"])),
-            times(r["speedup"]),
-        ])
+            rows.append(sweep_row(title, point["folder"], f"{point['weight']:g}", point))
     return markdown(["method", "λ", "F1", "EM", "density", "heads", "speed"], rows)
+
+
+def sweep_row(title: str, folder: str, weight: str, r: dict) -> list[str]:
+    return [
+        link(title, "sweep", folder),
+        weight,
+        f"{r['f1']:.2f}",
+        f"{r['exact_match']:.2f}",
+        percent(r["density"]),
+        str(sum(r["heads"])),
+        times(r["speedup"]),
+    ]
 
 
 def guide() -> str:
@@ -349,7 +350,7 @@ def guide() -> str:
             continue
         found = []
         for weight, _, density, _ in of_method[title]:
-            found.append(f"{weight:g} → {100 * density:.0f} %")
+            found.append(f"{weight:g} → {percent(density)}")
         rows.append([title, ", ".join(found), notes.get(title, "")])
     return markdown(["method", "λ → weights kept (FFN × 1)", "differs from ours"], rows)
 

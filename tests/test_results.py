@@ -404,46 +404,49 @@ def test_the_headline_is_dense_pruned_and_refilled(tmp_path, monkeypatch, pruned
     ]
 
 
-def write_pruned(run, epochs, settings, masked, compacted, filled):
-    """Write a pruned model, its compaction and its refilled one.
+def write_pruned(run, epochs, settings, dense, masked, compacted, filled):
+    """Write a dense model, a pruned one, its compaction and its refilled one.
 
     masked: what the compaction says of the model with its masks on.
     """
+    write(run / "teacher", "results.json", dense)
     pruned = run / f"hybrid-{epochs}"
     write(pruned, "run.json", {"settings": settings})
     write(Path(f"{pruned}-compact"), "results.json", masked | compacted)
     write(Path(f"{pruned}-filled"), "results.json", filled)
 
 
-def test_the_table_of_epochs_has_a_row_for_each_length_that_was_run(tmp_path, monkeypatch):
+def test_the_table_of_epochs_has_a_row_for_each_length(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "HERE", tmp_path)
-    run = tmp_path / "E"
-    write(run / "teacher", "f1.json", {"a": 0.5, "b": 0.25})
-    write_pruned(run, 20, {"final_lambda": 7.5, "score_lr": 0.01},
+    monkeypatch.setattr(figures, "LENGTHS", (("A", 3), ("B", 20)))
+    # An older run: the density with masks on stands with the masked model.
+    write_pruned(tmp_path / "A", 3, {"final_lambda": 30.0, "score_lr": 0.033},
+                 {"f1": 72.166},
+                 {"f1_masked": 68.0, "exact_match_masked": 50.0},
+                 {"f1": 67.994, "density": 0.3},
+                 {"f1": 70.0, "density": 0.35, "heads": [4, 4], "speedup": 2.0})
+    write(tmp_path / "A/hybrid-3", "results.json", {"density": 0.31})
+    write(tmp_path / "A/teacher", "f1.json", {"a": 0.5, "b": 0.25})
+    write(tmp_path / "A/hybrid-3-filled", "f1.json", {"a": 0.25, "b": 0.0})
+    # A newer one, with a dense model of its own.
+    write_pruned(tmp_path / "B", 20, {"final_lambda": 7.5, "score_lr": 0.01},
+                 {"f1": 72.5},
                  {"f1_masked": 71.236, "exact_match_masked": 60.0, "density_masked": 0.2049},
                  {"f1": 71.0, "density": 0.2},
                  {"f1": 74.5, "density": 0.2396, "heads": [2, 5], "speedup": 2.756})
     # Both questions gain 0.25, in whatever order they stand: an interval of one point.
-    write(run / "hybrid-20-filled", "f1.json", {"b": 0.5, "a": 0.75})
-    # An older run: the density with masks on stands with the masked model.
-    write_pruned(run, 3, {"final_lambda": 30.0, "score_lr": 0.033},
-                 {"f1_masked": 68.0, "exact_match_masked": 50.0},
-                 {"f1": 67.994, "density": 0.3},
-                 {"f1": 70.0, "density": 0.35, "heads": [4, 4], "speedup": 2.0})
-    write(run / "hybrid-3", "results.json", {"density": 0.31})
-    write(run / "hybrid-3-filled", "f1.json", {"a": 0.25, "b": 0.0})
-    # Six epochs are not refilled yet.
-    write(run / "hybrid-6", "run.json", {"settings": {}})
+    write(tmp_path / "B/teacher", "f1.json", {"a": 0.25, "b": 0.0})
+    write(tmp_path / "B/hybrid-20-filled", "f1.json", {"b": 0.25, "a": 0.5})
 
-    columns, of_3, of_20 = cells(figures.epochs_table("E"))
+    columns, of_3, of_20 = cells(figures.epochs_table())
     assert columns == ["epochs", "λ", "score lr", "non-zero masked", "non-zero refilled",
-                       "F1 masked", "F1 compacted", "F1 refilled", "F1 − dense (95 %)", "heads",
-                       "speed"]
-    assert of_3 == ["3", "30", "0.033", "31.0 %", "35.0 %", "68.00", "67.99",
-                    "[70.00](results/E/hybrid-3-filled/results.json)",
+                       "F1 dense", "F1 masked", "F1 compacted", "F1 refilled",
+                       "F1 − dense (95 %)", "heads", "speed"]
+    assert of_3 == ["3", "30", "0.033", "31.0 %", "35.0 %", "72.17", "68.00", "67.99",
+                    "[70.00](results/A/hybrid-3-filled/results.json)",
                     "-25.00 (-25.00 to -25.00)", "8", "2.00 x"]
-    assert of_20 == ["20", "7.5", "0.01", "20.5 %", "24.0 %", "71.24", "71.00",
-                     "[74.50](results/E/hybrid-20-filled/results.json)",
+    assert of_20 == ["20", "7.5", "0.01", "20.5 %", "24.0 %", "72.50", "71.24", "71.00",
+                     "[74.50](results/B/hybrid-20-filled/results.json)",
                      "+25.00 (+25.00 to +25.00)", "7", "2.76 x"]
 
 
