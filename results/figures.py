@@ -19,8 +19,8 @@ from pictures import curves_picture, layers_picture, masks_picture, run_picture
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-HEADLINE = ("epochs", "hybrid-6")       # the run and the pruned model of README.md's first table
-LENGTHS = (("epochs", 3), ("epochs", 6))     # a run, and its epochs of pruning
+HEADLINE = ("epochs-10", "hybrid-10")   # the run and the pruned model of README.md's first table
+LENGTHS = (("epochs", 3), ("epochs", 6), ("epochs-10", 10))     # a run, and its epochs of pruning
 
 
 def read(*parts: str):
