@@ -450,6 +450,22 @@ def test_the_table_of_epochs_has_a_row_for_each_length(tmp_path, monkeypatch):
                      "+25.00 (+25.00 to +25.00)", "7", "2.76 x"]
 
 
+def test_the_headline_is_held_against_a_dense_model_that_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    monkeypatch.setattr(figures, "HEADLINE", ("run", "hybrid-6"))
+    write(tmp_path / "run/teacher", "results.json", {"f1": 37.5})
+    write(tmp_path / "run/teacher", "f1.json", {"a": 0.5, "b": 0.25})
+    write(tmp_path / "run/teacher-longer", "results.json", {"f1": 100})
+    write(tmp_path / "run/teacher-longer", "f1.json", {"b": 1, "a": 1})
+    write(tmp_path / "run/hybrid-6-filled", "f1.json", {"a": 0.75, "b": 0.5})
+    # Over the first, each question gains 0.25. Of the second, a lacks 0.25 and b lacks 0.5.
+    _, first, second = cells(figures.longer_table())
+    assert first == ["[2 epochs](results/run/teacher/results.json)", "37.50",
+                     "+25.00 (+25.00 to +25.00)"]
+    assert second == ["[2 + 4 epochs](results/run/teacher-longer/results.json)", "100.00",
+                      "-37.50 (-50.00 to -25.00)"]
+
+
 # ---------------------------------------------------------------------------- tables of the sweep
 
 
