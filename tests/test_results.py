@@ -404,6 +404,19 @@ def test_the_headline_is_dense_pruned_and_refilled(tmp_path, monkeypatch, pruned
     ]
 
 
+def test_the_papers_rows_stand_as_the_authors_have_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    write(tmp_path, "paper.json", {"headline": [
+        {"model": "A", "exact_match": 80.8, "f1": 88.5, "density": 1, "heads": 144, "speedup": 1,
+         "differs": "size"},
+        {"model": "B", "exact_match": None, "f1": 86.67, "density": 0.198, "heads": 64,
+         "speedup": 2.44, "differs": "length"}]})
+    assert cells(figures.paper_table())[1:] == [
+        ["A", "88.5", "80.8", "100.0 %", "144", "1.00 x", "size"],
+        ["B", "86.67", "–", "19.8 %", "64", "2.44 x", "length"],
+    ]
+
+
 def write_pruned(run, epochs, settings, dense, masked, compacted, filled):
     """Write a dense model, a pruned one, its compaction and its refilled one.
 
