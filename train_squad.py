@@ -190,30 +190,73 @@ def learning_rate_factor(step: int, total: int, warmup: int) -> float:
     return (total - step) / (total - warmup)
 
 
-def threshold_at(step: int, config: Config, total: int, warmup: int) -> float:
-    """τ of a step. Paper: its flat parts are multiples of the learning rates' warm-up."""
+def threshold_and_lambda(step: int, config: Config, total: int, warmup: int) -> tuple[float, float]:
+    """τ and λ of a step. Paper: τ is flat for multiples of the warm-up, and λ follows τ.
+
+    Note: so the penalty pushes nothing down while nothing can be pruned yet.
+    """
     flat_start = config.initial_warmup * warmup
     flat_end = config.final_warmup * warmup
-    return blockprune.threshold_schedule(step, total, flat_start, flat_end, final=config.threshold)
+    tau = blockprune.threshold_schedule(step, total, flat_start, flat_end, final=config.threshold)
+    return tau, config.final_lambda * tau / config.threshold
 
 
-def lambda_at(step: int, config: Config, total: int, warmup: int) -> float:
-    """λ of a step. Paper: it follows τ.
+def step_loss(model: BertForQuestionAnswering, batch: dict, teacher_logits, step: int,
+              config: Config, total: int, warmup: int) -> dict:
+    """The first half of a training step: from setting τ to the loss with all its terms.
 
-    Note: so, while nothing can be pruned yet, the penalty pushes nothing down.
+    What stands under `if pruning:` is all that pruning adds to fine-tuning.
+    batch: see Features.batch(). teacher_logits: a pair, each (B, T), or None. total, warmup: steps.
+    Returns "loss", whose gradient is wanted, and what it is made of.
     """
-    return config.final_lambda * threshold_at(step, config, total, warmup) / config.threshold
+    pruning = config.method != "dense"
+    # Set τ: from here on every masked linear.weight is read as W ⊙ 1[σ(S) > τ].
+    tau = lam = 0.0
+    if pruning:
+        tau, lam = threshold_and_lambda(step, config, total, warmup)
+        blockprune.set_threshold(model, tau)
+
+    # Forward. The masks act in here, though no line of the model mentions them: see mask_weight().
+    with autocast(config):
+        student_logits = model(batch["ids"], batch["types"], batch["real"])
+
+    # The loss of the task: 0.1 · cross entropy + 0.9 · distillation, or cross entropy alone.
+    ce, kd = loss_terms(student_logits, teacher_logits, batch, config.temperature)
+    loss = ce
+    if teacher_logits is not None:
+        loss = config.alpha_ce * ce + config.alpha_kd * kd
+
+    # And the penalty, λ · mean σ(S), which pushes all scores down.
+    penalty = torch.zeros(())
+    if pruning:
+        factors = {"attention": config.attention_lambda, "ffn": config.ffn_lambda}
+        penalty = blockprune.penalty(model, factors)
+        loss = loss + lam * penalty
+    return {"loss": loss, "ce": ce, "kd": kd, "penalty": penalty, "threshold": tau, "lambda": lam}
+
+
+def update(model: BertForQuestionAnswering, optimizer: torch.optim.Optimizer, step: int,
+           config: Config, total: int, warmup: int) -> torch.Tensor:
+    """The second half of a step: from the gradients to new weights and scores.
+
+    Returns the norm of the gradients before they were clipped.
+    """
+    # Paper: one clip, and one schedule of the rate, for weights and scores together.
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * learning_rate_factor(step, total, warmup)
+    optimizer.step()
+    return norm
 
 
 def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | None,
           features: "Features", config: Config) -> float:
-    """Ordinary fine-tuning; what stands under `if pruning:` is all that pruning adds to the loop.
+    """Fine-tune or, with masks on the model, fine-prune.
 
     Goes on from the checkpoint in the run folder, if there is one. Returns the seconds it took,
     with those of earlier parts of the run. Raises ValueError where the loss is no longer a number.
     """
     out = Path(config.out)
-    pruning = config.method != "dense"
     rank, world = processes(config.device)
     # How many steps there are, and where to resume.
     total, warmup = plan(config, len(features))
@@ -222,9 +265,9 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
 
     # The teacher is in eval mode, its logits never change: it is asked about every window once.
     began = time.monotonic()
-    teacher_logits = None
+    all_teacher_logits = None
     if teacher is not None and first_step < total:
-        teacher_logits = ask_teacher(teacher, features, config)     # (windows, 2, T)
+        all_teacher_logits = ask_teacher(teacher, features, config)     # (windows, 2, T)
     # Under torchrun each process has a part of every batch, and gradients are means over them.
     parallel_model = model
     if world > 1:
@@ -238,57 +281,31 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
         windows = part_of(windows, rank, world)
         batch = features.batch(windows, config.device)
 
-        # Set τ: from here on every masked linear.weight is read as W ⊙ 1[σ(S) > τ].
-        tau = 0.0
-        if pruning:
-            tau = threshold_at(step, config, total, warmup)
-            blockprune.set_threshold(model, tau)
-
-        # Forward, with the masks in it.
-        with autocast(config):
-            student_logits = parallel_model(batch["ids"], batch["types"], batch["real"])
-
-        # The loss of the task: 0.1 cross entropy + 0.9 distillation, or cross entropy alone.
-        targets = None
-        if teacher_logits is not None:
+        teacher_logits = None
+        if all_teacher_logits is not None:
             T = batch["ids"].shape[1]
-            targets = teacher_logits[windows, :, :T].unbind(1)      # (start, end), each (B, T)
-        ce, kd = loss_terms(student_logits, targets, batch, config.temperature)
-        loss = ce
-        if teacher_logits is not None:
-            loss = config.alpha_ce * ce + config.alpha_kd * kd
+            teacher_logits = all_teacher_logits[windows, :, :T].unbind(1)   # (start, end), (B, T)
 
-        # And the penalty, λ · mean σ(S), which pushes all scores down.
-        lam = 0.0
-        penalty = torch.zeros(())
-        if pruning:
-            lam = lambda_at(step, config, total, warmup)
-            kind_weights = {"attention": config.attention_lambda, "ffn": config.ffn_lambda}
-            penalty = blockprune.penalty(model, kind_weights)
-            loss = loss + lam * penalty
-
-        # Backward: straight through the masks to the scores. One clip for weights and scores.
+        # Forward; backward, straight through the masks to the scores; update.
+        terms = step_loss(parallel_model, batch, teacher_logits, step, config, total, warmup)
         optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        stop_if_not_finite(loss, norm, step, out)
-        # One learning-rate schedule for weights and scores, each from a peak of its own.
-        factor = learning_rate_factor(step, total, warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        optimizer.step()
+        terms["loss"].backward()
+        norm = update(model, optimizer, step, config, total, warmup)
+        stop_if_not_finite(terms["loss"], norm, step, out)
 
         # The log, and a checkpoint: from there a stopped run goes on (on a CPU to the same bits).
         done = step + 1
         now = time.monotonic()
         if done % config.log_every == 0 or done == total:
             speed = (done - first_step) * config.batch / (now - loop_began)
-            line = {
-                "step": done, "loss": loss.item(), "ce": ce.item(), "kd": kd.item(),
-                "penalty": penalty.item(), "threshold": tau, "lambda": lam,
-                "density": blockprune.density(model), "lr": config.lr * factor,
-                "examples_per_second": speed,
-            }
+            line = {"step": done}
+            for name in ("loss", "ce", "kd", "penalty"):
+                line[name] = terms[name].item()
+            line["threshold"] = terms["threshold"]
+            line["lambda"] = terms["lambda"]
+            line["density"] = blockprune.density(model)
+            line["lr"] = optimizer.param_groups[0]["lr"]
+            line["examples_per_second"] = speed
             report(out, line, total, config)
         if rank == 0 and (done == total or now - saved > config.checkpoint_every):
             save_checkpoint(out / "checkpoint.pt", model, optimizer, config.device, done,
@@ -296,7 +313,7 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
             saved = now
 
     # Paper: evaluation is at the final τ, whatever the step.
-    if pruning:
+    if config.method != "dense":
         blockprune.set_threshold(model, config.threshold)
     return seconds + time.monotonic() - began
 
@@ -331,7 +348,7 @@ def plan(config: Config, windows: int) -> tuple[int, int]:
         return total, warmup
 
     # A schedule in which τ cannot rise is refused here, before anything is trained.
-    threshold_at(0, config, total, warmup)
+    threshold_and_lambda(0, config, total, warmup)
     # Note: Adam moves a score by about its learning rate a step, so the sum of these bounds how far
     # it can fall from 0. A block is pruned at logit(τ), −2.2 for 0.1. Few are, if the lowest score
     # within reach is less than 0.8 below that.

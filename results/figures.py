@@ -254,7 +254,7 @@ PLACES = [      # idea of the paper, file, name
     ("removing inner dimensions", "blockprune.py", "cut_dimensions"),
     ("Hybrid, Block, Struct, unstructured", "train_squad.py", "add_masks"),
     ("cross entropy and distillation", "train_squad.py", "loss_terms"),
-    ("λ follows τ", "train_squad.py", "lambda_at"),
+    ("λ follows τ", "train_squad.py", "threshold_and_lambda"),
     ("the training loop", "train_squad.py", "train"),
     ("Hybrid Filled: noise for zeros", "train_squad.py", "refill"),
     ("a BERT with what is empty removed", "compact.py", "compact"),

@@ -1099,7 +1099,7 @@ def test_the_papers_threshold_by_step():
     assert ts.plan(config, 88_524) == (110_660, 5_400)
     # At the beginning of the rise, after each quarter of it.
     steps = (5_400, 18_215, 31_030, 43_845, 56_660)
-    tau = [ts.threshold_at(step, config, 110_660, 5_400) for step in steps]
+    tau = [ts.threshold_and_lambda(step, config, 110_660, 5_400)[0] for step in steps]
     assert tau == pytest.approx([0, 0.0578, 0.0875, 0.0984, 0.1], abs=5e-5)
 
 
@@ -1111,7 +1111,7 @@ def test_the_threshold_of_another_schedule_by_step():
     dense = dataclasses.replace(other, method="dense")
     assert ts.plan(dense, 3) == (2, 0)              # two at least
     # τ is flat for two warm-ups, 100 steps, and for three, 150; 475 is half of the way.
-    tau = [ts.threshold_at(step, other, 1000, 50) for step in (0, 100, 475, 851, 999)]
+    tau = [ts.threshold_and_lambda(step, other, 1000, 50)[0] for step in (0, 100, 475, 851, 999)]
     assert tau == pytest.approx([0, 0, 0.2 * (1 - 1 / 8), 0.2, 0.2])
     # 250 steps, all of them flat.
     too_long = dataclasses.replace(other, warmup_steps=50)
