@@ -7,38 +7,28 @@ folder written here opens in `transformers` as long as no head or dimension was 
 directions are tested against `transformers` in tests/test_bert.py.
 Left out: the pooler, the heads of pre-training, relative positions, decoding.
 
-First the model, then the folder it is read from and written to.
-
-Letters:
-    B    batch                      H    heads of this layer
-    T    tokens                     D    head size, the same in all layers
-    E    hidden size                F    inner dimensions of this layer's feed-forward part
+Shapes: B batch, T tokens, E hidden size, H heads of this layer, D head size (the same everywhere),
+F width of this layer's feed-forward part.
 """
 import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from pathlib import Path
-from typing import BinaryIO
 
-import tokenizers
 import torch
-from tokenizers.models import WordPiece
+from tokenizers import Tokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-# ----------------------------------------------------------------------------------- configuration
-
-ACTIVATIONS = {
-    "gelu": functional.gelu,
+ACTIVATIONS = {     # by all their names in HF
+    "gelu": functional.gelu, "gelu_python": functional.gelu,
+    "gelu_new": nn.GELU("tanh"), "gelu_pytorch_tanh": nn.GELU("tanh"),
     "relu": functional.relu,
-    "silu": functional.silu,
-    "gelu_new": nn.GELU("tanh"),
-    "gelu_pytorch_tanh": nn.GELU("tanh"),
+    "silu": functional.silu, "swish": functional.silu,
 }
 
 
@@ -46,9 +36,7 @@ ACTIVATIONS = {
 class BertConfig:
     """The keys of Hugging Face's config.json, at the values of bert-base-uncased, and two of ours.
 
-    heads, ffn: how many heads and FFN dimensions are left, a list of one number a layer, 0 allowed.
-        None stands for all of them in every layer.
-    Raises ValueError, naming the key, where a value is impossible.
+    heads, ffn: how many heads and FFN dimensions each layer has left, 0 allowed. None: all of them.
     """
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -62,25 +50,26 @@ class BertConfig:
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    do_lower_case: bool = True              # of vocab.txt, unless tokenizer_config.json says it
     heads: list[int] | None = None
     ffn: list[int] | None = None
 
     def __post_init__(self):
-        _check_numbers(self)
         if self.heads is None:
             self.heads = [self.num_attention_heads] * self.num_hidden_layers
         if self.ffn is None:
             self.ffn = [self.intermediate_size] * self.num_hidden_layers
-        _check_widths("heads", self.heads, self.num_hidden_layers, self.num_attention_heads)
-        _check_widths("ffn", self.ffn, self.num_hidden_layers, self.intermediate_size)
+        if len(self.heads) != self.num_hidden_layers or len(self.ffn) != self.num_hidden_layers:
+            raise ValueError(f"heads and ffn need a number for each of num_hidden_layers "
+                             f"{self.num_hidden_layers}, not {self.heads} and {self.ffn}")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of "
+                             f"num_attention_heads {self.num_attention_heads}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {list(ACTIVATIONS)}")
 
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-
-# --------------------------------------------------------------------------------------- the model
 
 
 class Linear(nn.Linear):
@@ -108,23 +97,16 @@ class SelfAttention(nn.Module):
         # With no head left, what remains of the sum over heads is the bias.
         if self.heads == 0:
             return self.out.bias.expand_as(x)
+        # Note: under pruning the weight that self.query(x) reads is W ⊙ M(S). It is a torch
+        # parametrization, which calls BlockMask.forward() of blockprune.py. So for all linears.
         q = self.split_heads(self.query(x))                         # (B, H, T, D)
         k = self.split_heads(self.key(x))
         v = self.split_heads(self.value(x))
-        dtype = q.dtype
-        # Note: a CPU's kernel gains nothing from bf16, and its gradient takes twice as long in it.
-        if q.is_cpu and dtype == torch.bfloat16:
-            q = q.float()
-            k = k.float()
-            v = v.float()
         # As in BERT, dropout acts on the attention weights: a token may not be looked at at all.
-        dropout = 0.0
-        if self.training:
-            dropout = self.dropout
-        with torch.autocast("cpu", enabled=False):
-            x = functional.scaled_dot_product_attention(q, k, v, attention_mask, dropout)
+        dropout = self.dropout if self.training else 0.0
+        x = scaled_dot_product_attention(q, k, v, attention_mask, dropout)
         # Put the heads side by side again.
-        x = x.to(dtype).transpose(1, 2)                             # (B, T, H, D)
+        x = x.transpose(1, 2)                                       # (B, T, H, D)
         x = x.flatten(2)                                            # (B, T, H · D)
         return self.out(x)                                          # (B, T, E)
 
@@ -132,6 +114,22 @@ class SelfAttention(nn.Module):
         """(B, T, H · D) to (B, H, T, D)."""
         B, T, _ = x.shape
         return x.view(B, T, self.heads, -1).transpose(1, 2)
+
+
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None,
+                                 dropout: float) -> Tensor:
+    """torch's function of this name. Of bf16 on a CPU it is computed in fp32.
+
+    A CPU's kernel gains nothing from bf16, and its gradient takes twice as long in it.
+    """
+    dtype = q.dtype
+    if q.is_cpu and dtype == torch.bfloat16:
+        q = q.float()
+        k = k.float()
+        v = v.float()
+    with torch.autocast("cpu", enabled=False):
+        x = functional.scaled_dot_product_attention(q, k, v, attention_mask, dropout)
+    return x.to(dtype)                                              # (B, H, T, D)
 
 
 class FeedForward(nn.Module):
@@ -231,41 +229,54 @@ class BertForQuestionAnswering(nn.Module):
         return logits.unbind(dim=-1)
 
 
-# ------------------------------------------------------------------------------- files, any of them
+# ==================================================================================================
+# A reader of the paper may stop here: the model is complete. What follows are its files on disk.
+# ==================================================================================================
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def reading(path: str | Path):
+    """What goes wrong inside becomes ValueError("PATH: …"), in one line.
+
+    Errors of the system, which name the file, and running out of memory stay what they are.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # str() of a KeyError is the key alone, and torch's messages have many lines.
+        reason = str(error) if isinstance(error, ValueError) else f"{error!r:.200}"
+        # A reading() inside this one has said the path.
+        if reason.startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path):
     """with replacing(path) as temporary: what is written to `temporary` then replaces `path`.
 
-    Raises OSError, with the path, where that fails: a full disk alone names no file.
+    So `path` is always whole. If the writing is cut off, the next one overwrites what it left.
     """
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         yield temporary
-        # At every moment the path has its old content or its new one, whole.
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        # The system names the temporary file or, if the disk is full, none.
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def read_json(path: Path, *needs: str) -> dict:
-    """The object in a JSON file. Raises ValueError if it is none, or lacks a key of `needs`."""
-    try:
+def read_json(path: str | Path) -> dict:
+    with reading(path):
         values = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:   # ValueError covers bytes that are no text
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a JSON object is expected")
-    for key in needs:
-        if key not in values:
-            raise ValueError(f"{path}: a JSON object with {', '.join(needs)} is expected")
+        if not isinstance(values, dict):
+            raise ValueError("a JSON object is expected")
     return values
 
 
-def write_json(path: Path, values) -> None:
+def write_json(path: str | Path, values) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
@@ -275,68 +286,35 @@ def write_json(path: Path, values) -> None:
 # The JSON is {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, counted in bytes
 # from the beginning of the data.
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+          "BF16": torch.bfloat16, "I64": torch.int64}
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file. Raises ValueError where it is cut off, or its header is not true.
-
-    Nothing is believed before it is checked, so nothing is allocated on the header's word.
-    """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        try:
-            # A header that is longer than the file, or than any real one, is not read.
-            header_size = int.from_bytes(file.read(8), "little")
-            data_size = size - 8 - header_size
-            if data_size < 0:
-                raise ValueError("it is cut off")
-            if header_size > 100_000_000:
-                raise ValueError(f"its header has {header_size} bytes, more than 100 MB")
-            header = json.loads(file.read(header_size))
-            header.pop("__metadata__", None)
-            unknown = [row["dtype"] for row in header.values() if row["dtype"] not in DTYPES]
-            if not unknown:
-                tensors = _read_data(file, header, data_size)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a sound safetensors file: {error!r}") from None
-    if unknown:
-        raise ValueError(f"{path}: data of type {unknown[0]!r}, which is not one of {list(DTYPES)}")
-    return tensors
-
-
-def _read_data(file: BinaryIO, header: dict, data_size: int) -> dict[str, Tensor]:
-    """The tensors, from where the file stands. In its order each begins where the last one ends."""
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a file, as slices of one buffer: the header cannot ask for more memory."""
     tensors = {}
-    end = 0
-    for name, row in sorted(header.items(), key=_data_offsets):
-        dtype = DTYPES[row["dtype"]]
-        shape = row["shape"]
-        for n in shape:
-            if type(n) is not int or n < 0:
-                raise ValueError(f"the shape of {name} is {shape}")
-        begin = end
-        end = begin + math.prod(shape) * dtype.itemsize
-        if row["data_offsets"] != [begin, end]:
-            raise ValueError(f"{name} does not fill the bytes from {begin} to {end}")
-        if end > data_size:
-            raise ValueError(f"{name} ends after the file")
-        # The file has these bytes, and they are no other tensor's: only now they get memory.
-        tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
-        file.readinto(_bytes_of(tensors[name]))
-    if end != data_size:
-        raise ValueError(f"{data_size} bytes of data where the header promises {end}")
+    with reading(path), open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        data_size = os.path.getsize(path) - 8 - header_size
+        if data_size < 0:
+            raise ValueError("the file is cut off")
+        header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        data = bytearray(data_size)
+        file.readinto(data)
+        for name, row in header.items():
+            dtype = DTYPES[row["dtype"]]
+            begin, end = row["data_offsets"]
+            tensor = torch.empty(0, dtype=dtype, device="cpu")
+            # frombuffer() makes no tensor without elements.
+            if end > begin:
+                count = (end - begin) // dtype.itemsize
+                tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
+            tensors[name] = tensor.view(row["shape"])
     return tensors
 
 
-def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors under a temporary name, then rename: a file of that name is always whole."""
+def write_safetensors(tensors: dict[str, Tensor], path: str | Path) -> None:
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     # The header comes first, so all places are counted before anything is written.
     header = {"__metadata__": {"format": "pt"}}     # `transformers` wants to know: of PyTorch
@@ -350,20 +328,10 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     # With blanks after it, so that the data begins at a multiple of 8.
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(_bytes_of(tensor.detach().cpu().contiguous()))
-
-
-def _data_offsets(item: tuple[str, dict]) -> list[int]:
-    _, row = item
-    return row["data_offsets"]
-
-
-def _bytes_of(tensor: Tensor):
-    """The memory of a contiguous tensor on the CPU, as an array of bytes."""
-    return tensor.view(-1).view(torch.uint8).numpy()
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy())
 
 
 # -------------------------------------------------------------------------------- the model folder
@@ -386,17 +354,9 @@ HF_NAMES = {    # a module here: its name there, after "bert."; {} is the number
 # Parts of other BERTs that we do not have, and two buffers that are no weights.
 IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.", "cls.")
 
-# Activations that HF has under two names.
-ALIASES = {"gelu_python": "gelu", "swish": "silu"}
-
 # Keys of HF's config.json that change what a BERT computes, and the one value that is built here.
-ONLY = {
-    "model_type": "bert",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "pruned_heads": {},
-}
+ONLY = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False,
+        "add_cross_attention": False, "pruned_heads": {}}
 
 
 def hf_tensors(model: BertForQuestionAnswering) -> dict[str, Tensor]:
@@ -404,10 +364,8 @@ def hf_tensors(model: BertForQuestionAnswering) -> dict[str, Tensor]:
     tensors = {}
     for ours, theirs in HF_NAMES.items():
         # A row of the table is one module, or one in each layer.
-        count = 1
-        if "{}" in ours:
-            count = model.config.num_hidden_layers
-        for layer in range(count):
+        layers = range(model.config.num_hidden_layers) if "{}" in ours else [None]
+        for layer in layers:
             module = model.get_submodule(ours.format(layer))
             name = theirs.format(layer)
             tensors[f"{name}.weight"] = module.weight
@@ -415,131 +373,71 @@ def hf_tensors(model: BertForQuestionAnswering) -> dict[str, Tensor]:
                 tensors[f"{name}.bias"] = module.bias
     return tensors
 
-
 def load_config(folder: str | Path) -> BertConfig:
-    """The config.json of a model folder.
-
-    Raises FileNotFoundError if the folder has none, ValueError if it is not one of a BERT.
-    """
+    """The config.json of a model folder."""
     path = Path(folder, "config.json")
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no model folder (it has no config.json)")
     values = read_json(path)
-    for key, only in ONLY.items():
-        value = values.get(key)
-        if value is not None and value != only:
-            raise ValueError(f"{path}: not a BERT as it is built here: "
-                             f"{key} is {value!r}, not {only!r}")
-    # Other keys have BERT's own value where they are not given. These say which BERT it is.
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if key not in values:
-            raise ValueError(f"{path}: {key} missing")
-    for alias, name in ALIASES.items():
-        if values.get("hidden_act") == alias:
-            values["hidden_act"] = name
-    # Case is a matter of the tokenizer. Its own file goes before what config.json says.
-    options = _tokenizer_options(folder)
-    if "do_lower_case" in options:
-        values["do_lower_case"] = options["do_lower_case"]
-    known = {field.name for field in dataclasses.fields(BertConfig)}
-    return BertConfig(**{key: value for key, value in values.items() if key in known})
+    with reading(path):
+        for key, only in ONLY.items():
+            if values.get(key) not in (None, only):
+                raise ValueError(f"{key} is {values[key]!r}, and only {only!r} is built here")
+        # These say which BERT it is. All others have BERT's own value where they are not given.
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if key not in values:
+                raise ValueError(f"{key} is missing")
+        known = [field.name for field in dataclasses.fields(BertConfig) if field.name in values]
+        return BertConfig(**{key: values[key] for key in known})
 
 
 def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionAnswering:
-    """Read a model folder: config.json with model.safetensors, or with pytorch_model.bin.
+    """The model of a folder with config.json and model.safetensors or pytorch_model.bin.
 
     fresh_head: where training starts, the two tensors of the QA head may be missing. They stay as
         initialised, and what was loaded, ignored and left fresh is printed.
-    Raises FileNotFoundError for no model, and ValueError, with its name, for a tensor that is
-    missing, unknown or of another shape.
     """
-    config = load_config(folder)
+    with reading(Path(folder, "config.json")):
+        model = BertForQuestionAnswering(load_config(folder))
+    tensors = hf_tensors(model)
     path = _weights_path(folder)
-    saved = _read_weights(path)
-    # The shapes first, without memory behind them: config.json may say anything.
-    with torch.device("meta"):
-        wanted = hf_tensors(BertForQuestionAnswering(config))
+    with reading(path):
+        if path.suffix == ".safetensors":
+            contents = read_safetensors(path)
+        else:
+            contents = torch.load(path, "cpu", weights_only=True)       # runs no code of the file
+        saved = {}
+        for name, tensor in contents.items():
+            # BertModel saves without the prefix, and files from before 2019 have TensorFlow names.
+            name = name.removeprefix("bert.")
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+            name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+            saved[name] = tensor
 
-    # Names on one side only: there may be none, but for those with a reason.
-    fresh = sorted(wanted.keys() - saved.keys())
-    missing = fresh
-    if fresh_head:
-        missing = [name for name in fresh if not name.startswith("qa_outputs.")]
-    if missing:
-        raise ValueError(f"{path}: {len(missing)} tensors missing: {_listed(missing[:4])}")
-    others = sorted(saved.keys() - wanted.keys())
-    ignored = [name for name in others if name.startswith(IGNORED)]
-    unknown = [name for name in others if not name.startswith(IGNORED)]
-    if unknown:
-        raise ValueError(f"{path}: {len(unknown)} tensors not known here: {_listed(unknown[:4])}")
-
-    # Names on both sides: they must have the same shape.
-    for name, tensor in wanted.items():
-        if name in fresh:
-            continue
-        if saved[name].shape != tensor.shape:
-            raise ValueError(f"{path}: {name} is {list(saved[name].shape)}, "
-                             f"by config.json {list(tensor.shape)}")
-        if not saved[name].isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are not finite")
-
-    # The weights are what config.json says: now the model, with memory.
-    model = BertForQuestionAnswering(config)
-    for name, tensor in hf_tensors(model).items():
-        if name in saved:
-            tensor.data.copy_(saved[name])      # into the model's own type and memory
-    # A head that is not in the file is no secret.
+        # The names must be the same, but for those with a reason.
+        missing = sorted(tensors.keys() - saved.keys())
+        unknown = sorted(saved.keys() - tensors.keys())
+        fresh = [name for name in missing if fresh_head and name.startswith("qa_outputs.")]
+        ignored = [name for name in unknown if name.startswith(IGNORED)]
+        if missing != fresh or unknown != ignored:
+            raise ValueError(f"missing {missing[:4]}, not known here {unknown[:4]}")
+        # The shapes must be the same: copy_() would repeat a tensor that is too small.
+        for name in sorted(tensors.keys() & saved.keys()):
+            if saved[name].shape != tensors[name].shape:
+                raise ValueError(f"{name} is {list(saved[name].shape)}, "
+                                 f"by config.json {list(tensors[name].shape)}")
+            if not saved[name].isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
+            tensors[name].data.copy_(saved[name])       # into the model's own type and memory
     if fresh or ignored:
-        print(f"{path}: {len(wanted) - len(fresh)} tensors loaded; "
-              f"fresh: {_listed(fresh)}; ignored: {_listed(ignored)}")
+        print(f"{path}: {len(tensors) - len(fresh)} tensors loaded, fresh: {fresh}, "
+              f"ignored: {ignored}")
     return model
-
-
-def _listed(names: list[str]) -> str:
-    """Names from a file for a line of text: by repr, so that they cannot colour or forge one."""
-    if not names:
-        return "none"
-    return ", ".join(repr(name) for name in names)
-
-
-def _weights_path(folder: str | Path) -> Path:
-    """The file with the weights, or FileNotFoundError."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if Path(folder, name).is_file():
-            return Path(folder, name)
-    raise FileNotFoundError(f"{folder}: no model.safetensors and no pytorch_model.bin")
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by today's HF names, without "bert."."""
-    if path.suffix == ".safetensors":
-        saved = read_safetensors(path)
-    else:
-        try:
-            saved = dict(torch.load(path, "cpu", weights_only=True))    # runs no code of the file
-        except Exception as error:      # of whatever kind: pickle, zip and struct have their own
-            kind = type(error).__name__
-            raise ValueError(f"{path}: not a file of tensors alone ({kind})") from None
-    tensors = {}
-    for name, tensor in saved.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: not a file of tensors alone")
-        # A model without a head, as saved by BertModel, has no prefix.
-        name = name.removeprefix("bert.")
-        # Files from before 2019 call them as TensorFlow does.
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if name in tensors:
-            raise ValueError(f"{path}: two tensors for {name!r}")
-        tensors[name] = tensor.detach()
-    return tensors
 
 
 def save_model(model: BertForQuestionAnswering, folder: str | Path,
                tokenizer_from: str | Path | None = None, **extra) -> None:
     """Write a model folder: config.json, model.safetensors with masks folded in, tokenizer files.
 
-    tokenizer_from: a model folder to copy the tokenizer files from; None for none.
+    tokenizer_from: a model folder to copy the tokenizer from; None for none.
     extra: more keys for config.json.
     """
     folder = Path(folder)
@@ -559,12 +457,30 @@ def save_model(model: BertForQuestionAnswering, folder: str | Path,
     if model.config == dataclasses.replace(model.config, heads=None, ffn=None):
         del values["heads"]
         del values["ffn"]
-    values.update(extra)
-    write_json(folder / "config.json", values)
-
-    # 3. The tokenizer, as it is: a cased one stays cased, here and in `transformers`.
     if tokenizer_from is not None:
-        _copy_tokenizer(Path(tokenizer_from), folder)
+        # The case too, of folders that say it in config.json alone.
+        case = read_json(Path(tokenizer_from, "config.json")).get("do_lower_case")
+        if case is not None:
+            values["do_lower_case"] = case
+    write_json(folder / "config.json", values | extra)
+
+    # 3. The tokenizer, as it is. Files that the other folder does not have would be another one's.
+    if tokenizer_from is not None:
+        for name in TOKENIZER_FILES:
+            source = Path(tokenizer_from, name)
+            if source.is_file():
+                content = source.read_bytes()
+                with replacing(folder / name) as temporary:
+                    temporary.write_bytes(content)
+            else:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _weights_path(folder: str | Path) -> Path:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if Path(folder, name).is_file():
+            return Path(folder, name)
+    raise FileNotFoundError(f"{folder}: no model.safetensors and no pytorch_model.bin")
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -572,15 +488,15 @@ def weights_sha256(folder: str | Path) -> str:
     return _sha256(_weights_path(folder))
 
 
-def folder_sha256(folder: str | Path) -> dict[str, str]:
-    """SHA-256 of every file that is read from a model folder, by its name."""
-    names = ["config.json", _weights_path(folder).name, "pruning.safetensors", *TOKENIZER_FILES]
-    found = {}
-    for name in names:
+def folder_sha256(folder: str | Path) -> str:
+    """One SHA-256 for all files that are read from a model folder: their names and contents."""
+    weights = _weights_path(folder).name
+    total = hashlib.sha256()
+    for name in ("config.json", weights, "pruning.safetensors", *TOKENIZER_FILES):
         path = Path(folder, name)
         if path.is_file():
-            found[name] = _sha256(path)
-    return found
+            total.update(f"{name} {_sha256(path)}\n".encode())
+    return total.hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -595,113 +511,54 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")       # all of them are needed
 
-# A key of tokenizer_config.json: its name in BertNormalizer.
-NORMALIZER_OPTIONS = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",       # None: as lowercase
-    "tokenize_chinese_chars": "handle_chinese_chars",
-}
 
-
-def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a model folder: its tokenizer.json or, without one, its vocab.txt.
-
-    Raises FileNotFoundError if the folder has neither, ValueError if it does not fit the embeddings
-    or lacks a special token.
-    """
-    config = load_config(folder)
-    options = _tokenizer_options(folder)
+def load_tokenizer(folder: str | Path) -> Tokenizer | BertWordPieceTokenizer:
+    """The tokenizer of a model folder: its tokenizer.json or, without one, its vocab.txt."""
+    vocab_size = load_config(folder).vocab_size
+    options = {}
+    if Path(folder, "tokenizer_config.json").is_file():
+        options = read_json(Path(folder, "tokenizer_config.json"))
     path = Path(folder, "tokenizer.json")
-    if path.is_file():
-        tokenizer = _read_tokenizer_json(path)
-    else:
+    if not path.is_file():
         path = Path(folder, "vocab.txt")
-        tokenizer = _read_vocab(path, config.do_lower_case)
-    # As in `transformers`, tokenizer_config.json has the last word where it says something.
-    normalizer = tokenizer.normalizer
-    if isinstance(normalizer, BertNormalizer):
-        for key, attribute in NORMALIZER_OPTIONS.items():
-            if key in options:
-                setattr(normalizer, attribute, options[key])
-        tokenizer.normalizer = normalizer
+    with reading(path):
+        if path.name == "tokenizer.json":
+            tokenizer = Tokenizer.from_file(str(path))
+            # Cutting into windows and filling up to a batch is done elsewhere.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        else:
+            # Each line is a word; blank ones at the end and a byte order mark ("sig") are none.
+            # By "\n" alone, since splitlines() takes some words for ends of lines.
+            words = path.read_text("utf-8-sig").rstrip().split("\n")
+            ids = {word: n for n, word in enumerate(words)}
+            config = read_json(Path(folder, "config.json"))
+            lowercase = config.get("do_lower_case", True)
+            tokenizer = BertWordPieceTokenizer(ids, lowercase=lowercase)
 
-    ids = tokenizer.get_vocab()
-    for word in SPECIAL_TOKENS:
-        if word not in ids:
-            raise ValueError(f"{path}: {word} is missing")
-    # By the largest id: embeddings without a word are common.
-    if max(ids.values()) >= config.vocab_size:
-        raise ValueError(f"{path}: {len(ids)} words for {config.vocab_size} embeddings")
-    # Words added in other files: tokenizer.json has them too, vocab.txt does not know their ids.
-    for word in _added_tokens(folder, options):
-        if word not in ids:
-            raise ValueError(f"{path}: {word!r} is missing, an added token by "
-                             f"tokenizer_config.json or added_tokens.json")
-    return tokenizer
+        # As in `transformers`, tokenizer_config.json has the last word where it says something.
+        bert = tokenizer.normalizer
+        if isinstance(bert, BertNormalizer):
+            bert.lowercase = options.get("do_lower_case", bert.lowercase)
+            bert.strip_accents = options.get("strip_accents", bert.strip_accents)
+            bert.handle_chinese_chars = options.get("tokenize_chinese_chars",
+                                                    bert.handle_chinese_chars)
+            tokenizer.normalizer = bert
 
-
-def _tokenizer_options(folder: str | Path) -> dict:
-    """What tokenizer_config.json says, if there is one."""
-    path = Path(folder, "tokenizer_config.json")
-    if not path.is_file():
-        return {}
-    options = read_json(path)
-    for key in NORMALIZER_OPTIONS:
-        value = options.get(key, True)
-        if type(value) is not bool and not (key == "strip_accents" and value is None):
-            raise ValueError(f"{path}: {key} is {value!r}, not true or false")
-    return options
-
-
-def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in a tokenizer.json, without its settings for truncation and padding."""
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:      # of whatever kind: they come from Rust
-        raise ValueError(f"{path}: not a tokenizer: {error!r}") from None
-    # Cutting into windows and filling up to a batch is done elsewhere.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _read_vocab(path: Path, lowercase: bool) -> tokenizers.Tokenizer:
-    """BERT's own tokenizer, of word pieces: each line is a word, and its number is the id."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        text = path.read_text("utf-8-sig")      # with or without a byte order mark
-    except ValueError as error:
-        raise ValueError(f"{path}: not a vocabulary: {error}") from None
-    # By "\n" alone, since splitlines() takes some words for ends of lines.
-    words = text.split("\n")
-    # Blank lines at the end are no words.
-    while words and not words[-1].strip():
-        words.pop()
-    ids = {word: n for n, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(WordPiece(ids, unk_token="[UNK]"))
-    tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
-    # These are not taken apart where they stand in a text.
-    for word in (*SPECIAL_TOKENS, "[MASK]"):
-        if word in ids:
-            tokenizer.add_special_tokens([word])
-    return tokenizer
-
-
-def _added_tokens(folder: str | Path, options: dict) -> list[str]:
-    """The words that tokenizer_config.json and added_tokens.json add to the vocabulary."""
-    added = []
-    path = Path(folder, "added_tokens.json")
-    if path.is_file():
-        added.extend(read_json(path))
-    try:
+        # Added tokens: tokenizer.json has them too, vocab.txt may not.
+        needed = list(SPECIAL_TOKENS)
+        if Path(folder, "added_tokens.json").is_file():
+            needed.extend(read_json(Path(folder, "added_tokens.json")))
         for token in options.get("added_tokens_decoder", {}).values():
-            added.append(str(token["content"]))
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"{folder}: added_tokens_decoder of tokenizer_config.json is not "
-                         f"{{id: {{content: word}}}}") from None
-    return added
+            needed.append(token["content"])
+        ids = tokenizer.get_vocab()
+        missing = [word for word in needed if word not in ids]
+        if missing:
+            raise ValueError(f"{missing} are missing, special or added tokens")
+        # By the largest id: embeddings without a word are common.
+        if max(ids.values()) >= vocab_size:
+            raise ValueError(f"{len(ids)} words for {vocab_size} embeddings")
+    return tokenizer
 
 
 def same_tokenizer(folder: str | Path, other: str | Path) -> bool:
@@ -713,57 +570,3 @@ def same_tokenizer(folder: str | Path, other: str | Path) -> bool:
         if ours[part] != theirs[part]:
             return False
     return True
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files of one folder to another, and remove those that it does not have."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            content = (source / name).read_bytes()
-            with replacing(folder / name) as temporary:
-                temporary.write_bytes(content)
-        else:
-            (folder / name).unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------- guards
-# Against a config.json that says the impossible. They are no part of the model.
-
-
-def _check_numbers(config: BertConfig) -> None:
-    """Raise ValueError where a value is of another type than its field says, or out of range."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        # By type() and not isinstance(), for which True is an int.
-        kind = type(value)
-        if field.type is int and (kind is not int or value < 1):
-            raise ValueError(f"config: {field.name} is {value!r}, not a whole number from 1 on")
-        # So that the size of no tensor, which is a product of two of them, overflows.
-        if field.type is int and value > 10 ** 9:
-            raise ValueError(f"config: {field.name} is {value!r}, more than any BERT has")
-        if field.type is float and (kind not in (int, float) or not 0 <= value <= 1):
-            raise ValueError(f"config: {field.name} is {value!r}, not a number from 0 to 1")
-        if field.type is bool and kind is not bool:
-            raise ValueError(f"config: {field.name} is {value!r}, not true or false")
-    # Here, since lists as long as this are made before any weights are seen.
-    if config.num_hidden_layers > 100:
-        raise ValueError(f"config: num_hidden_layers is {config.num_hidden_layers}, more than any "
-                         f"BERT has")
-    if config.type_vocab_size < 2:
-        raise ValueError("config: type_vocab_size is 1: question and passage need a type each")
-    if config.hidden_act not in list(ACTIVATIONS):
-        raise ValueError(f"config: hidden_act is {config.hidden_act!r}, "
-                         f"not one of {list(ACTIVATIONS)}")
-    if config.hidden_size % config.num_attention_heads != 0:
-        raise ValueError(f"config: num_attention_heads is {config.num_attention_heads}, which "
-                         f"does not divide hidden_size {config.hidden_size}")
-
-
-def _check_widths(name: str, widths: list, layers: int, most: int) -> None:
-    """Raise ValueError where `widths` are not a whole number from 0 to `most` for each layer."""
-    expected = f"{layers} whole numbers from 0 to {most}, one a layer"
-    if not isinstance(widths, list) or len(widths) != layers:
-        raise ValueError(f"config: {name} is {widths!r}, not {expected}")
-    for width in widths:
-        if type(width) is not int or not 0 <= width <= most:
-            raise ValueError(f"config: {name} is {widths!r}, not {expected}")
