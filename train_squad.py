@@ -47,9 +47,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import blockprune
-from bert import (TOKENIZER_FILES, BertForQuestionAnswering, folder_sha256, load_model,
-                  load_tokenizer, read_json, read_safetensors, replacing, same_tokenizer,
-                  save_model, write_json, write_safetensors)
+from bert import (BertForQuestionAnswering, folder_sha256, load_model, load_tokenizer, read_json,
+                  read_safetensors, replacing, same_tokenizer, save_model, weights_sha256,
+                  write_json, write_safetensors)
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -1181,9 +1181,9 @@ def write_results(folder: str | Path, config: Config, training: Squad | None, de
     data = dict(name=Path(config.data).name, sha256=of_data, train_questions=train_questions,
                 dev_questions=len(dev.questions))
     # By these scored() sees whether the model beside the results is still the one they are of.
-    sha256 = folder_sha256(folder)
     results = dict(data=data, seed=config.seed, precision=config.precision,
-                   weights_sha256=sha256["model.safetensors"], files_sha256=sha256, **values)
+                   weights_sha256=weights_sha256(folder), files_sha256=folder_sha256(folder),
+                   **values)
     write_json(Path(folder, "results.json"), results)
 
 
@@ -1193,18 +1193,19 @@ def scored(folder: Path) -> dict | None:
         if not (folder / name).is_file():
             return None
     try:
-        results = read_json(folder / "results.json", "exact_match", "f1", "weights_sha256", "data")
+        results = read_json(folder / "results.json")
     except ValueError:
+        return None
+    if not results.keys() >= {"exact_match", "f1", "weights_sha256", "data"}:
         return None
     data = results["data"]
     if not isinstance(data, dict) or not isinstance(data.get("sha256"), dict):
         return None
-    there = folder_sha256(folder)
+    if results["weights_sha256"] != weights_sha256(folder):
+        return None
     # Results of older versions say of the weights alone what they were.
-    was = results.get("files_sha256")
-    if was is None:
-        was = {**there, "model.safetensors": results["weights_sha256"]}
-    if was != there:
+    there = folder_sha256(folder)
+    if results.get("files_sha256", there) != there:
         return None
     return results
 
@@ -1214,16 +1215,14 @@ def scored(folder: Path) -> dict | None:
 # A run is known by its settings and by the contents of what it starts from. Where that lies may
 # change when it goes on, and so may how often it speaks; all that a preset sets is a setting.
 NOT_COMPARED = ("data", "init", "teacher", "out", "preset", "log_every", "checkpoint_every")
-MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "pruning.safetensors",
-               *TOKENIZER_FILES)
 
 
 def contents_of(part: str, folder: str | Path) -> dict[str, str | None]:
-    """folder_sha256() as run.json has it. None for a file that is not there, or for no folder."""
-    sha256 = {}
+    """folder_sha256() as run.json has it, None for no folder."""
+    sha256 = None
     if folder:
         sha256 = folder_sha256(folder)
-    return {f"contents of {part}/{name}": sha256.get(name) for name in MODEL_FILES}
+    return {f"contents of {part}": sha256}
 
 
 @contextlib.contextmanager
@@ -1250,7 +1249,7 @@ def held(out: Path):
 
 def half_written(folder: Path) -> set[Path]:
     """What bert.replacing() leaves where its process is killed."""
-    return set(folder.glob("*.[0-9]*.tmp"))
+    return set(folder.glob("*.tmp"))
 
 
 def claim(config: Config, contents: dict, command: str, compacted: Path | None = None) -> bool:
@@ -1304,15 +1303,9 @@ def read_run(folder: Path) -> dict | None:
     if not isinstance(settings, dict) or not isinstance(contents, dict):
         return None
 
-    # Runs of older versions: other names, fewer settings, and of a folder its weights alone.
+    # Runs of older versions: other names, fewer settings.
     if "dense_lambda" in settings:
         settings["ffn_lambda"] = settings.pop("dense_lambda")
-    for part in ("init", "teacher"):
-        if f"contents of {part}" in contents:
-            weights = contents.pop(f"contents of {part}")
-            if weights == "":
-                weights = None      # there was no teacher
-            contents[f"contents of {part}/model.safetensors"] = weights
     settings = {**vars(Config()), **settings}
     found["settings"] = settings
 
