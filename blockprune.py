@@ -6,6 +6,9 @@ The whole method of
 in one file. It imports torch alone and knows nothing of BERT: copy it into your own project.
 Reference code: huggingface/nn_pruning at 0cef2b2, cited below as [R:file].
 
+SPDX-License-Identifier: MIT
+Copyright (c) 2026 The Block Pruning reference contributors. The terms are in LICENSE.
+
 A *block* is any r × c tile of a weight matrix: 1 × 1 is soft movement pruning, 32 × 32 block
 pruning, (head size, in) an attention head, (1, in) a row, (out, 1) a column. Each block has one
 learned number, its score. This is Hybrid pruning of a transformer; what it adds to fine-tuning is
@@ -24,8 +27,8 @@ marked with a +:
         loss.backward(); optimizer.step(); optimizer.zero_grad()
     bake(model)                                                                 # + W becomes W ⊙ M
     for layer in model.layers:                                                  # + what is empty is
-        layer.heads = cut_heads(layer.query, layer.key, layer.value,            # + really removed
-                                layer.out, head_size=64)
+        layer.heads = len(cut_heads(layer.query, layer.key, layer.value,        # + really removed
+                                    layer.out, head_size=64))
         cut_dimensions(layer.fc1, layer.fc2, act)                               # +
 
 Letters:
@@ -37,8 +40,9 @@ Letters:
     E    hidden size
 
 In comments and docstrings, "Paper:" is the authors' method, "Note:" our remark, "Differs:" where we
-deviate, and "Source:" where to look it up. Left out, since the paper's final models do not use
-them: top-k, L0 and magnitude masks.
+deviate, and "Source:" where to look it up. Every function checks what it is given before it changes
+anything: after a ValueError the model is as it was. Left out, since the paper's final models do not
+use them: top-k, L0 and magnitude masks.
 """
 import math
 import warnings
@@ -54,16 +58,17 @@ from torch.nn.utils import parametrize
 class StraightThrough(torch.autograd.Function):
     """M(S) = 1[σ(S) > τ] forward, the identity backward.
 
-    The derivative of a step is 0 nearly everywhere: nothing would be learned. So it is replaced by
-    1, and the gradient that arrives at M goes on to S unchanged. With W′ = W ⊙ M(S),
+    Sketch of the gradient. The derivative of a step is 0 nearly everywhere: nothing would be
+    learned. So it is replaced by 1, and the gradient that arrives at M goes on to S unchanged. With
+    W′ = W ⊙ M(S),
 
         dL/dS = Σ over the block of dL/dW′ ⊙ W        (Sanh et al. 2020, eq. (2))
         dL/dW = dL/dW′ ⊙ M
 
-    Descent moves W by −dL/dW′. Where this step shrinks |W|, dL/dW′ ⊙ W is positive and S falls;
-    where it grows |W|, S rises: "movement pruning". The gradient of S has W in it, not W′. So the
-    score of a pruned block keeps learning, and the block can come back (its weights get no gradient
-    meanwhile).
+    Gradient descent moves a weight that is kept by −(learning rate) · dL/dW′. Where this shrinks
+    |W|, dL/dW′ ⊙ W is positive and S falls; where it grows |W|, S rises: "movement pruning". The
+    gradient of S has W in it, not W′. So the score of a pruned block keeps learning, and the block
+    can come back. Its weights get no gradient meanwhile.
     Source: [R:modules/binarizer.py].
     """
 
@@ -97,40 +102,44 @@ class BlockMask(nn.Module):
 
     shape: (R, C) of the matrix.
     block: (r, c) with 1 ≤ r ≤ R and 1 ≤ c ≤ C.
-    scores: a parameter to share with other masks, with one element for each of the ⌈R/r⌉ · ⌈C/c⌉
-        blocks. Fresh scores are 0, where σ is 0.5 and far above any τ in use: all blocks are kept.
-        Scores and τ stay fp32 (or fp64) in a model of fp16 or bf16.
+    share: a mask whose scores this one uses too, of the same kind. Either their grids are equal, or
+        each is one row or one column of blocks, as many in both.
     kind: the group that penalty() and density() count this weight in.
-    Raises ValueError where block or scores do not fit.
+
+    `mask.owner.scores` are the scores, a parameter of the owner's grid. A mask that shares has no
+    scores of its own. Its owner is the mask it shares with, or the owner of that; any other mask is
+    its own owner. Scores and τ stay fp32 (or fp64) in a model of fp16 or bf16.
     """
 
     def __init__(self, shape: Sequence[int], block: Sequence[int],
-                 scores: Optional[nn.Parameter] = None, kind: str = "ffn"):
+                 share: Optional["BlockMask"] = None, kind: str = "ffn"):
         super().__init__()
         R, C = shape
         r, c = block
         if not (1 <= r <= R and 1 <= c <= C):
             raise ValueError(f"a block of {r}x{c} does not fit a weight of {R}x{C}")
-        rows = math.ceil(R / r)
-        columns = math.ceil(C / c)
         self.shape = (R, C)
         self.block = (r, c)
-        self.grid = (rows, columns)
+        self.grid = (math.ceil(R / r), math.ceil(C / c))
         self.kind = kind
-        self.scores_are_given = scores is not None
-        # At the start every block is kept: σ(0) is 0.5.
-        if scores is None:
-            scores = nn.Parameter(torch.zeros(rows, columns, dtype=_score_dtype()))
-        _check_scores(scores, self.grid)
-        self.scores = scores
+        if share is None:
+            owner = self
+            # At the start every block is kept: σ(0) is 0.5, far above any τ in use.
+            self.scores = nn.Parameter(torch.zeros(self.grid, dtype=_score_dtype()))
+        else:
+            _check_share(share, self.grid, kind)
+            owner = share.owner
+        # `self.owner = owner` would register the owner's scores a second time, under this mask.
+        self.__dict__["owner"] = owner
         # τ is a buffer: it is saved with the model, so a reloaded model still prunes.
         self.register_buffer("threshold", torch.zeros((), dtype=_score_dtype()))
 
     def block_mask(self) -> Tensor:
         """M(S) on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉)."""
-        # Scores that rows and columns share are (F,): they become (F, 1) or (1, F) here.
-        scores = _unsharded(self.scores)
-        return StraightThrough.apply(scores, self.threshold).view(self.grid)
+        scores = _whole(self.owner.scores).to(self.threshold.device)
+        mask = StraightThrough.apply(scores, self.threshold)
+        # The owner's grid may be (F, 1) where this one is (1, F).
+        return mask.view(self.grid)
 
     def weight_mask(self) -> Tensor:
         """M(S) on the weight, R × C, or of length 1 along a dimension that one block spans.
@@ -152,19 +161,19 @@ class BlockMask(nn.Module):
         return mask[:R, :C]
 
     def forward(self, weight: Tensor) -> Tensor:
+        _check_sharded_alike(self.owner.scores, weight)
         mask = self.weight_mask().to(weight.dtype)
         masked = weight.flatten(1) * mask               # W′ = W ⊙ M(S), (R, C)
         return masked.view_as(weight)
 
-    # A guard: model.half() and its like come through here, and would make scores fp16.
+    # model.half() and its like come through here, and would make scores fp16.
     def _apply(self, fn, recurse: bool = True):
         return super()._apply(_at_least_fp32(fn), recurse)
 
-    # A guard: safetensors refuses tensors that share memory, as shared scores do. We save a copy.
-    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.scores_are_given and not keep_vars:
-            destination[prefix + "scores"] = destination[prefix + "scores"].clone()
+    # load_state_dict(assign=True) may have put in scores of fp16.
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._apply(lambda tensor: tensor)
 
 
 class BiasMask(nn.Module):
@@ -177,15 +186,14 @@ class BiasMask(nn.Module):
 
     def __init__(self, mask: BlockMask, output_dim: int):
         super().__init__()
-        self._mask = (mask,)    # in a tuple, so that torch does not register its scores twice
+        self.__dict__["mask"] = mask    # not registered, as the owner in BlockMask
         self.output_dim = output_dim
 
     def forward(self, bias: Tensor) -> Tensor:
-        mask = self._mask[0]
-        outputs = mask.shape[self.output_dim]
-        outputs_per_block = mask.block[self.output_dim]
+        outputs = self.mask.shape[self.output_dim]
+        outputs_per_block = self.mask.block[self.output_dim]
         # In this row of blocks, is any block left? (Shapes are those of output_dim 0.)
-        alive = mask.block_mask().detach()                  # (⌈R/r⌉, ⌈C/c⌉)
+        alive = self.mask.block_mask().detach()             # (⌈R/r⌉, ⌈C/c⌉)
         alive = alive.amax(dim=1 - self.output_dim)         # (⌈R/r⌉,)
         # The same for each output, as in weight_mask().
         alive = alive[:, None].expand(-1, outputs_per_block).reshape(-1)
@@ -198,7 +206,7 @@ class BiasMask(nn.Module):
 
 def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weight",
                 bias: str = "bias", output_dim: Optional[int] = None,
-                scores: Optional[nn.Parameter] = None, kind: str = "ffn") -> BlockMask:
+                share: Optional[BlockMask] = None, kind: str = "ffn") -> BlockMask:
     """Put a block mask on one weight of a module, and on the bias that goes with it.
 
     From here on `module.weight` is W ⊙ M(S), and W itself is at
@@ -209,49 +217,44 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
     weight, bias: the names of the two parameters. A bias that is absent or None is skipped, and
         bias="" leaves it without a mask.
     output_dim: the dimension of the weight that holds the outputs: 0 where weights are (out, in),
-        as in torch; 1 where they are (in, out), as in GPT-2. By default 0, and an error where a
-        module with a bias is known to store (in, out).
-    scores, kind: see BlockMask.
-    Returns the mask. Raises ValueError, with nothing changed, where something does not fit.
+        as in torch; 1 where they are (in, out), as in GPT-2. It need only be said for a module that
+        is not torch's own, with a bias and a square weight: else the length of the bias says it.
+    share, kind: see BlockMask.
     """
+    _check_maskable(module, weight, bias)
+    output_dim = _find_output_dim(module, weight, bias, output_dim)
     W = getattr(module, weight)
-    b = getattr(module, bias, None)
-    _check_maskable(module, weight, bias, output_dim)
-    output_dim = output_dim or 0
     matrix_shape = W.flatten(1).shape       # a convolution is (out, in · kh · kw)
-    mask = BlockMask(matrix_shape, block, scores, kind).to(W.device)
+    mask = BlockMask(matrix_shape, block, share, kind).to(W.device)
     # torch calls the mask whenever module.weight is read, in the forward pass or elsewhere.
     parametrize.register_parametrization(module, weight, mask)
-    if b is not None:
+    if getattr(module, bias, None) is not None:
         parametrize.register_parametrization(module, bias, BiasMask(mask, output_dim))
     return mask
 
 
 def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, gate: Optional[nn.Module] = None,
-                    kind: str = "ffn") -> nn.Parameter:
+                    kind: str = "ffn") -> BlockMask:
     """One score for each inner dimension of fc2(act(fc1(x))): row j of fc1 with column j of fc2.
 
     Paper: the feed-forward layers of Hybrid ([R:modules/masked_nn.py], 1d_alt). The gradient of a
     score is the sum over all that it masks: row j of dL/dW₁′ ⊙ W₁ and column j of dL/dW₂′ ⊙ W₂.
 
-    fc1, fc2: weights of (out, in), or convolutions of (out, in, kh, kw).
+    fc1, fc2: nn.Linear, or convolutions of (out, in, kh, kw).
     gate: of a layer fc2(act(gate(x)) · fc1(x)), as in LLaMA: its row j has the same score.
-    Returns the scores, (F,) for F inner dimensions. Raises ValueError, with nothing changed, where
-    the outputs of fc1 or gate are not the inputs of fc2, where one of them is masked already, or is
-    known to store (in, out).
+    Returns the mask of fc1, which owns the scores, (F, 1) for F inner dimensions.
     """
     _check_feed_forward(fc1, fc2, gate)
     F, inputs = fc1.weight.flatten(1).shape
     outputs, columns = fc2.weight.flatten(1).shape
-    scores = nn.Parameter(torch.zeros(F, device=fc1.weight.device, dtype=_score_dtype()))
     # A dimension is kept or pruned on both of its sides at once.
-    mask_weight(fc1, (1, inputs), scores=scores, kind=kind)                 # a block is a row
+    owner = mask_weight(fc1, (1, inputs), kind=kind)                        # a block is a row
     if gate is not None:
         gate_inputs = gate.weight.flatten(1).shape[1]
-        mask_weight(gate, (1, gate_inputs), scores=scores, kind=kind)
+        mask_weight(gate, (1, gate_inputs), share=owner, kind=kind)
     # A column is as wide as a kernel of fc2: 1 in a linear, kh · kw in a convolution.
-    mask_weight(fc2, (outputs, columns // F), scores=scores, kind=kind)
-    return scores
+    mask_weight(fc2, (outputs, columns // F), share=owner, kind=kind)
+    return owner
 
 
 # -------------------------------------------------------------------- what a training loop asks for
@@ -262,6 +265,12 @@ def masks(model: nn.Module) -> Iterator[BlockMask]:
     for module in model.modules():
         if isinstance(module, BlockMask):
             yield module
+
+
+def _owners(model: nn.Module) -> List[BlockMask]:
+    """The masks whose scores the model's masks use, each once."""
+    each_once = dict.fromkeys(mask.owner for mask in masks(model))
+    return list(each_once)
 
 
 def threshold_schedule(step: int, total: int, flat_start: float, flat_end: float,
@@ -275,10 +284,10 @@ def threshold_schedule(step: int, total: int, flat_start: float, flat_end: float
     quarters of its steps. λ follows τ, as λ(t) = λ · τ(t) / final.
 
     total: steps of the run. flat_start, flat_end: how many steps τ is flat at either end.
+    Differs: where the flat parts leave no room for the rise there is a ValueError. The reference
+    jumps to the final τ, or never leaves the initial one.
     Source: Sanh et al. 2020, eq. (5); [R:patch_coordinator.py], schedule_threshold, where both flat
     parts are multiples of the learning rate's warm-up.
-    Raises ValueError where the flat parts leave no room for the rise. Differs: the reference then
-    jumps to the final τ, or never leaves the initial one.
     """
     rising = total - flat_start - flat_end
     if rising <= 1:         # a rise of one step would be a jump
@@ -298,40 +307,37 @@ def set_threshold(model: nn.Module, threshold: float) -> None:
 def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> Tensor:
     """The penalty, a scalar, to be added to the loss as λ(t) · penalty.
 
-        of a kind   1/N Σ over its N score tensors of mean σ(S)
+        of a kind   1/N Σ over its N owners of mean σ(S)
         penalty     1/K Σ over the K kinds of λ_kind · that
 
     Three means, one in the other: a large matrix weighs no more than a small one, so that each of
-    its many scores is pushed less. Scores that masks of a kind share are one tensor, counted once.
-    The push on one score is λ · λ_kind · σ′(S) / (K · N · number of its tensor's scores). Therefore
-    λ must be found anew for each model. The push fades with σ′ as S falls: so a low score does not
-    sink for ever, and its block can come back.
+    its many scores is pushed less. Scores that masks share are counted once. The push on one score
+    is λ · λ_kind · σ′(S) / (K · N · number of its owner's scores). Therefore λ must be found anew
+    for each model. The push fades with σ′ as S falls: so a low score does not sink for ever, and
+    its block can come back.
 
     weights: λ_kind by kind, 1 where not given. If all are 1 the penalty starts at 0.5.
     Source: [R:patch_coordinator.py], regularization_loss; σ is in [R:modules/masked_nn.py].
-    Raises ValueError for a kind that the model does not have, or for a model without masks.
     """
-    # By identity, so that scores which masks share are there once.
-    scores_by_kind: Dict[str, Dict[int, Tensor]] = {}
-    for mask in masks(model):
-        tensors = scores_by_kind.setdefault(mask.kind, {})
-        tensors[id(mask.scores)] = mask.scores
-    if not scores_by_kind:
+    owners_by_kind: Dict[str, List[BlockMask]] = {}
+    for owner in _owners(model):
+        owners_by_kind.setdefault(owner.kind, []).append(owner)
+    if not owners_by_kind:
         raise ValueError("the model has no masks")
     if weights is None:
         weights = {}
     # A misspelt kind would change nothing, in silence.
     for kind in weights:
-        if kind not in scores_by_kind:
-            raise ValueError(f"no mask is of the kind {kind!r}: there are {sorted(scores_by_kind)}")
+        if kind not in owners_by_kind:
+            raise ValueError(f"no mask is of the kind {kind!r}: there are {sorted(owners_by_kind)}")
 
     # λ_kind · the mean of a kind; and the mean of these.
     total = 0.0
-    for kind, tensors in scores_by_kind.items():
-        # The mean over a kind's score tensors, each of which is a mean over its blocks.
-        kind_mean = sum(_unsharded(S).sigmoid().mean() for S in tensors.values()) / len(tensors)
+    for kind, owners in owners_by_kind.items():
+        # The mean over a kind's owners, each of which is a mean over its blocks.
+        kind_mean = sum(_whole(owner.scores).sigmoid().mean() for owner in owners) / len(owners)
         total = total + weights.get(kind, 1.0) * kind_mean
-    return total / len(scores_by_kind)
+    return total / len(owners_by_kind)
 
 
 def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
@@ -342,20 +348,16 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
     act on all of them ([R:patch_coordinator.py], create_optimizer_groups; [R:sparse_trainer.py]).
     Note: scores must not decay toward 0, that is toward being kept. So their weight_decay of 0 is
     written out: AdamW's default is 0.01.
-    score_lr: None trains the weights alone; otherwise ValueError where every score is frozen.
+    What is frozen stays frozen. score_lr: None trains the weights alone.
     """
-    if score_lr is not None:
-        _check_some_scores_learn(model)
-    # By identity, as in penalty(). What is frozen stays frozen.
-    scores = {}
-    for mask in masks(model):
-        if mask.scores.requires_grad:
-            scores[id(mask.scores)] = mask.scores
+    all_scores = [owner.scores for owner in _owners(model)]
+    scores = [S for S in all_scores if S.requires_grad]
+    ids_of_scores = [id(S) for S in all_scores]
     # All other parameters, by their number of dimensions.
     matrices = []
     vectors = []
     for parameter in model.parameters():
-        if id(parameter) in scores or not parameter.requires_grad:
+        if id(parameter) in ids_of_scores or not parameter.requires_grad:
             continue
         if parameter.dim() > 1:
             matrices.append(parameter)
@@ -366,7 +368,7 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
         {"params": vectors, "lr": lr, "weight_decay": 0.0},
     ]
     if score_lr is not None:
-        groups.append({"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0})
+        groups.append({"params": scores, "lr": score_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 
@@ -375,7 +377,6 @@ def density(model: nn.Module) -> Dict[str, float]:
     """The fraction of the masked weights that their masks keep, by kind, and for "all" of them.
 
     Biases do not count. A weight that a mask keeps counts even where it is zero by itself.
-    Raises ValueError where scores or τ are NaN.
     """
     _check_not_nan(model)
     kept: Dict[str, float] = {}
@@ -398,46 +399,28 @@ def bake(model: nn.Module) -> nn.Module:
     """Fold every mask into its weight, in place: W becomes W ⊙ M(S), scores and masks are gone.
 
     The model computes the same function, in plain modules that torch.save and torch.export take.
-    Returns the model. Raises ValueError, with nothing changed, where a masked module has other
-    parametrizations too, where scores or τ are NaN, or where a masked weight is tied to one that
-    is not masked alike. Weights that are tied and masked alike stay tied. Warns where pruning looks
-    unintended.
+    Weights are the same parameters as before: an optimiser goes on with them, and tied weights stay
+    tied. Training on lets zeros grow back at once, by the optimiser's momentum alone: cut first, or
+    keep the masks and freeze the scores. Under DDP wrap the model again.
+    Returns the model. Warns where nothing is pruned.
     """
-    # All is checked before anything is changed.
-    _check_not_nan(model)
-    masked_modules = []
-    for module in model.modules():
-        if not parametrize.is_parametrized(module):
-            continue
-        # Are its parametrizations masks of ours? weight_norm and its like are not.
-        ours = []
-        for chain in module.parametrizations.values():
-            for parametrization in chain:
-                ours.append(isinstance(parametrization, (BlockMask, BiasMask)))
-        if any(ours) and not all(ours):
-            raise ValueError("remove the other parametrizations of the masked modules first")
-        if all(ours):
-            masked_modules.append(module)
-    _check_tied(model, masked_modules)
-    _warn_if_nothing_is_pruned(model)
-
-    baked: Dict[Tensor, nn.Parameter] = {}      # W → W ⊙ M(S): tied modules share both
+    masked_modules = _masked_modules(model)
+    _check_bakeable(model, masked_modules)
     for module in masked_modules:
-        # 1. Read the values as the module sees them: W ⊙ M(S), and the masked bias.
-        values = {}
+        # 1. The values as the module sees them, W ⊙ M(S) and the masked bias, go into W and b.
+        #    A tied weight may come here twice: M is 0 or 1, so the second time changes nothing.
+        originals = {}
         for name, chain in module.parametrizations.items():
-            W = chain.original
-            if W not in baked:
-                value = getattr(module, name).detach().clone()
-                baked[W] = nn.Parameter(value, requires_grad=W.requires_grad)
-            values[name] = baked[W]
-        # 2. Go back to the plain class. Note: torch's remove_parametrizations() deletes a property
-        #    of the class it made, which copies of a model share: the copies would break.
+            chain.original.copy_(getattr(module, name))
+            originals[name] = chain.original
+        # 2. torch has made of nn.Linear a class ParametrizedLinear(nn.Linear), for `weight` as a
+        #    property: go back to the base. Note: torch's remove_parametrizations() would take the
+        #    property from that class, which copies of a model share: the copies would break.
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
-        # 3. Put the values in, as ordinary parameters.
-        for name, value in values.items():
-            module.register_parameter(name, value)
+        # 3. W and b are ordinary parameters of the module again.
+        for name, parameter in originals.items():
+            module.register_parameter(name, parameter)
     return model
 
 
@@ -446,23 +429,26 @@ def bake(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear,
-              head_size: int) -> int:
+              head_size: int) -> List[int]:
     """Remove, in place, the attention heads that add nothing or a constant.
 
     query, key, value: (H · D, in), baked; a head is D = head_size rows of each, in order.
     out: (E, H · D); the same head is D of its columns. Biases may be None.
-    Returns how many heads are left, 0 included: whoever reshapes by heads must be told. Weights and
-    biases are new parameters, for which an optimiser has to be made anew.
+    Returns which heads are left, perhaps none. Whoever reshapes by heads must be told how many, and
+    what else there is per head must be cut alike, such as ALiBi's slopes or Swin's table. Weights
+    and biases are new parameters, for which an optimiser has to be made anew.
 
         columns of `out` all 0     the head adds nothing
         rows of `value` all 0      its values are bᵥ at every token. Attention weights sum to 1, so
                                    the head's output is bᵥ too: it adds out[:, head] · bᵥ[head]
 
-    The constant goes into the bias of `out`, in fp64. Exact without dropout of attention weights.
+    The constant goes into the bias of `out`, in fp64. Exact without dropout of attention weights,
+    and only where a head's output is a mean of its values, with weights that sum to 1. It is not
+    with attention sinks, output gates or relative values, nor in rows where every key is masked. In
+    grouped-query attention several heads have one key and value: it cannot be cut here.
     Differs: the reference removes a head as soon as query, key or value is empty. With an empty
     query (its bias is 0 too) or key attention is uniform, but the head still adds the mean of V:
     here it stays.
-    Raises ValueError where the linears are not plain, or do not fit each other.
     """
     _check_heads(query, key, value, out, head_size)
     H = value.out_features // head_size
@@ -481,16 +467,16 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
     for linear in (query, key, value):
         _keep_outputs(linear, kept_rows)
     _keep_inputs(out, kept_rows)
-    return int(kept.sum())
+    return kept.nonzero().flatten().tolist()
 
 
 @torch.no_grad()
 def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tensor], *,
-                   gate: Optional[nn.Linear] = None) -> int:
+                   gate: Optional[nn.Linear] = None) -> List[int]:
     """Remove, in place, the inner dimensions of fc2(act(fc1(x))) that add nothing or a constant.
 
     fc1, fc2: (F, in) and (out, F), baked, with or without biases. act: elementwise.
-    Returns how many dimensions are left.
+    Returns which dimensions are left.
 
         column j of fc2 all 0      the dimension adds nothing
         row j of fc1 all 0         its activation is act(b₁[j]): it adds act(b₁[j]) · fc2[:, j]
@@ -502,45 +488,43 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
         row j of gate 0, act(b_gate[j]) 0     the constant 0, whatever fc1
 
     The constant goes into the bias of fc2, in fp64; where fc2 had none, it gets one.
-    Raises ValueError where the linears are not plain, fc2 does not take what fc1 gives, or act
-    mixes dimensions, as softmax and LayerNorm do.
     """
     _check_dimensions(fc1, fc2, gate)
-    _check_act(act, fc1.weight.device)
-    W1 = fc1.weight.double()                                    # (F, in)
+    _check_act(act, fc1.weight)
+    W1 = fc1.weight                                             # (F, in)
     W2 = fc2.weight.double()                                    # (out, F)
     b1 = _bias_or_zeros(fc1)                                    # (F,)
     # A dimension is needed where its activation varies, and its column of W2 has something in it.
     fc1_varies = (W1 != 0).any(dim=1)                           # (F,)
-    varies = fc1_varies
-    # A product varies where one of its factors does, unless the other is 0 for certain.
-    if gate is not None:
+    if gate is None:
+        varies = fc1_varies
+        activation = act(b1.clone()).double()                   # a copy: act may work in place
+    else:
         b_gate = _bias_or_zeros(gate)
+        gated = act(b_gate.clone())
         gate_varies = (gate.weight != 0).any(dim=1)
+        # A product varies where one of its factors does, unless the other is 0 for certain.
         fc1_is_0 = ~fc1_varies & (b1 == 0)
-        gate_is_0 = ~gate_varies & (act(b_gate.clone()) == 0)   # a copy: act may work in place
+        gate_is_0 = ~gate_varies & (gated == 0)
         varies = (fc1_varies | gate_varies) & ~fc1_is_0 & ~gate_is_0
+        activation = gated.double() * b1.double()
     kept = varies & (W2 != 0).any(dim=0)
     # What the removed dimensions add is W2 act(b₁). Without a bias act(0) may still not be 0.
-    if gate is None:
-        activation = act(b1[~kept])
-    else:
-        activation = act(b_gate[~kept]) * b1[~kept]
-    constant = W2[:, ~kept] @ activation                        # (out,)
+    constant = W2[:, ~kept] @ activation[~kept]                 # (out,)
     _add_to_bias(fc2, constant)
     # Rows of fc1 and of the gate go, and the columns of fc2 that read them.
     _keep_outputs(fc1, kept)
     if gate is not None:
         _keep_outputs(gate, kept)
     _keep_inputs(fc2, kept)
-    return int(kept.sum())
+    return kept.nonzero().flatten().tolist()
 
 
 def _bias_or_zeros(linear: nn.Linear) -> Tensor:
-    """The bias in fp64, zeros where there is none."""
+    """The bias, zeros where there is none."""
     if linear.bias is None:
-        return linear.weight.new_zeros(linear.out_features, dtype=torch.float64)
-    return linear.bias.double()
+        return linear.weight.new_zeros(linear.out_features)
+    return linear.bias
 
 
 def _add_to_bias(linear: nn.Linear, constant: Tensor) -> None:
@@ -569,8 +553,12 @@ def _keep_inputs(linear: nn.Linear, kept: Tensor) -> None:
     linear.in_features = linear.weight.shape[1]
 
 
-# ------------------------------------------------------------------------------------------- guards
-# Against misuse, with a sentence that says what is wrong. They are no part of the method.
+# ======================================================================= the method ends here
+# Who reads this beside the paper may stop. What follows guards against wrong use that would go
+# unnoticed: scores in low precision, shards, masks and cuts that do not fit. Each check comes
+# before the first change.
+
+# ------------------------------------------------------------------- guards: precision and shards
 
 
 def _score_dtype() -> torch.dtype:
@@ -592,104 +580,159 @@ def _at_least_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return exact_fn
 
 
-def _unsharded(scores: Tensor) -> Tensor:
-    """All scores, where each process holds a shard of them only, as a DTensor under FSDP2."""
-    if hasattr(scores, "full_tensor"):
+def _is_shard(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: under FSDP2 each process holds a part of it, except in forward."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _whole(scores: Tensor) -> Tensor:
+    """All scores, gathered from the processes where each holds a shard of them."""
+    if _is_shard(scores):
         return scores.full_tensor()
     return scores
 
 
-def _check_scores(scores: Tensor, grid: Sequence[int]) -> None:
-    rows, columns = grid
-    if scores.numel() != rows * columns:
-        raise ValueError(f"{scores.numel()} shared scores for {rows}x{columns} blocks")
-    if scores.element_size() < 4:
-        raise ValueError(f"scores of {scores.dtype} lose the small steps: torch.float32 is needed")
+def _check_sharded_alike(scores: Tensor, weight: Tensor) -> None:
+    # The gradient of scores that are gathered in forward would not be that of all processes.
+    if _is_shard(scores) and not _is_shard(weight):
+        raise ValueError("a mask and the one it shares scores with are in separate groups of "
+                         "fully_shard(): put both of their modules into one")
 
 
+def _check_not_sharded(model: nn.Module) -> None:
+    for module in model.modules():
+        class_names = [cls.__name__ for cls in type(module).__mro__]
+        if "FSDPModule" in class_names:
+            raise ValueError("bake() needs whole weights: gather those of a sharded model with "
+                             "get_model_state_dict(), with full_state_dict=True, and load them "
+                             "into a masked model that is not sharded")
+
+
+# ----------------------------------------------------------------------- guards: putting masks on
+
+# torch's own modules whose weights are (out, in) for certain, and those of (in, out).
+OUT_IN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def _stores_in_out(module: nn.Module, W: Tensor) -> bool:
-    """Whether the weight is known to be (in, out): a transposed convolution's, GPT-2's Conv1D's."""
-    if isinstance(module, TRANSPOSED):
-        return True
-    class_names = [cls.__name__ for cls in type(module).__mro__]
-    return "Conv1D" in class_names and W.dim() == 2
+def _check_share(share: BlockMask, grid: Sequence[int], kind: str) -> None:
+    if not isinstance(share, BlockMask):
+        raise ValueError(f"share takes a mask, as mask_weight() returns it, not {type(share)}")
+    theirs = share.owner.grid
+    both_are_lines = min(grid) == 1 and min(theirs) == 1
+    if grid != theirs and not (both_are_lines and max(grid) == max(theirs)):
+        raise ValueError(f"a grid of {grid} blocks cannot share the scores of one of {theirs}")
+    if kind != share.kind:
+        raise ValueError(f"a mask of the kind {kind!r} cannot share scores of {share.kind!r}")
 
 
-def _check_output_dim(module: nn.Module, W: Tensor, output_dim: Optional[int]) -> None:
-    # An explicit 0 is accepted for a class that is merely named Conv1D.
-    if isinstance(module, TRANSPOSED):
-        wrong = output_dim != 1
-    else:
-        wrong = output_dim is None
-    if wrong and _stores_in_out(module, W):
-        raise ValueError(f"the weight of {type(module).__name__} is (in, out): say output_dim=1, "
-                         f'or bias="" to leave the bias without a mask')
+def _check_maskable(module: nn.Module, weight: str, bias: str) -> None:
+    # A parametrization that is there already would be baked with ours, or not at all.
+    for name in (weight, bias):
+        if parametrize.is_parametrized(module, name):
+            raise ValueError(f"the {name} of {type(module).__name__} is parametrized already")
+    W = getattr(module, weight)
+    if not isinstance(W, nn.Parameter) or not W.is_floating_point() or W.dim() < 2:
+        raise ValueError(f"{weight} must be a parameter of two or more dimensions, in floating "
+                         f"point")
+    b = getattr(module, bias, None)
+    if b is not None and not isinstance(b, nn.Parameter):
+        raise ValueError(f'{bias} is no parameter: bias="" leaves it without a mask')
 
 
-def _check_maskable(module: nn.Module, weight: str, bias: str, output_dim: Optional[int]) -> None:
-    # Can this weight have a mask?
+def _find_output_dim(module: nn.Module, weight: str, bias: str,
+                     output_dim: Optional[int]) -> int:
+    """The dimension of the weight that holds the outputs, with which the bias goes."""
+    name = type(module).__name__
     W = getattr(module, weight)
     b = getattr(module, bias, None)
-    if parametrize.is_parametrized(module, weight):
-        raise ValueError(f"the {weight} of {type(module).__name__} is parametrized already")
-    if W.dim() < 2:
-        raise ValueError(f"a weight of two and more dimensions is expected, not {tuple(W.shape)}")
     if b is None:
-        return
-    # Does the bias go with the dimension that is said to hold the outputs?
-    _check_output_dim(module, W, output_dim)
-    output_dim = output_dim or 0
-    if len(b) != W.flatten(1).shape[output_dim]:
-        raise ValueError(f"a weight of {tuple(W.shape)} with its outputs in dimension {output_dim} "
-                         f"does not go with a bias of {tuple(b.shape)}: say output_dim=1 where "
-                         f'weights are (in, out), or bias="" to leave the bias without a mask')
+        return 0            # nobody asks
+    if isinstance(module, TRANSPOSED):
+        raise ValueError(f'no mask is known for the bias of {name}: say bias=""')
+    R, C = W.flatten(1).shape
+    if output_dim is None:
+        if R == C and not isinstance(module, OUT_IN):
+            raise ValueError(f"a weight of {R}x{C} does not say where {name} has its outputs: say "
+                             f'output_dim=0 or output_dim=1, or bias=""')
+        output_dim = 0 if len(b) == R else 1
+    if output_dim not in (0, 1) or b.shape != (R, C)[output_dim:output_dim + 1]:
+        raise ValueError(f"a bias of {tuple(b.shape)} does not go with the outputs of a weight of "
+                         f'{R}x{C}: say output_dim=1 where it is (in, out), or bias=""')
+    return output_dim
 
 
 def _check_feed_forward(fc1: nn.Module, fc2: nn.Module, gate: Optional[nn.Module]) -> None:
-    for module in (fc1, fc2, gate):
-        if module is not None and _stores_in_out(module, module.weight):
-            raise ValueError(f"the weight of {type(module).__name__} is (in, out), not (out, in)")
+    modules = [fc1, fc2] if gate is None else [fc1, fc2, gate]
+    if len(set(modules)) < len(modules):
+        raise ValueError("fc1, fc2 and gate must be modules of their own")
+    for module in modules:
+        if not isinstance(module, OUT_IN):
+            raise ValueError(f"nn.Linear or a convolution is expected, not "
+                             f"{type(module).__name__}: mask_weight() with share= takes others")
+        _check_maskable(module, "weight", "bias")
+        _find_output_dim(module, "weight", "bias", None)
     F = len(fc1.weight)
     if fc2.weight.shape[1] != F:
         raise ValueError(f"fc1 has {F} outputs but fc2 {fc2.weight.shape[1]} inputs")
-    if parametrize.is_parametrized(fc1, "weight") or parametrize.is_parametrized(fc2, "weight"):
-        raise ValueError("fc1 or fc2 is parametrized already")
-    if gate is not None:
-        _check_gate(gate, F)
+    if gate is not None and len(gate.weight) != F:
+        raise ValueError(f"fc1 has {F} outputs but the gate {len(gate.weight)}")
 
 
-def _check_some_scores_learn(model: nn.Module) -> None:
-    learning = [mask.scores.requires_grad for mask in masks(model)]
-    if learning and not any(learning):
-        raise ValueError("every score is frozen, nothing would be pruned: set requires_grad of "
-                         "mask.scores for masks(model), or score_lr=None to train weights alone")
+# ----------------------------------------------------------------------------------- guards: bake
 
 
 def _check_not_nan(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if not isinstance(module, BlockMask) or module.scores.is_meta:
+    for name, mask in model.named_modules():
+        if not isinstance(mask, BlockMask):
             continue
-        if module.scores.isnan().any() or module.threshold.isnan():
+        if _whole(mask.owner.scores).isnan().any() or mask.threshold.isnan():
             raise ValueError(f"scores or threshold are NaN in {name or 'the mask'}: training has "
                              f"diverged, go back to a checkpoint and look at loss and gradients")
 
 
+def _masked_modules(model: nn.Module) -> List[nn.Module]:
+    """The modules with masks, which must be their only parametrizations."""
+    masked_modules = []
+    for module in model.modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        ours = []
+        for chain in module.parametrizations.values():
+            for parametrization in chain:
+                ours.append(isinstance(parametrization, (BlockMask, BiasMask)))
+        if any(ours) and not all(ours):
+            raise ValueError("remove the other parametrizations of the masked modules first")
+        if all(ours):
+            masked_modules.append(module)
+    return masked_modules
+
+
+def _check_bakeable(model: nn.Module, masked_modules: Sequence[nn.Module]) -> None:
+    _check_not_sharded(model)
+    _check_not_nan(model)
+    _check_tied(model, masked_modules)
+    all_kept = [bool(mask.block_mask().all()) for mask in masks(model)]
+    if all_kept and all(all_kept):
+        highest = max(mask.threshold.item() for mask in masks(model))
+        lowest = min(owner.scores.min().item() for owner in _owners(model))
+        warnings.warn(
+            f"nothing is pruned, with τ at most {highest:g} and scores at least {lowest:g}: was "
+            f"set_threshold() called, were the masks put on before the optimiser was made, and did "
+            f"it get the scores with a rate of about 1e-2, as in parameter_groups()?", stacklevel=4)
+
+
 def _check_tied(model: nn.Module, masked_modules: Sequence[nn.Module]) -> None:
     """A weight that several modules own must be masked alike in all of them."""
-    # How many modules own each parameter?
-    owners: Dict[Tensor, int] = {}
+    owners: Dict[Tensor, int] = {}              # how many modules own a parameter
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
-    tied: Dict[Tensor, List[Tensor]] = {}       # original → its masked value in each owner
+    tied: Dict[Tensor, List[Tensor]] = {}       # its masked value in each that masks it
     for module in masked_modules:
         for name, chain in module.parametrizations.items():
             if owners[chain.original] > 1:
                 tied.setdefault(chain.original, []).append(getattr(module, name))
-    # Alike is: the same values come out of every mask.
     for original, values in tied.items():
         alike = [torch.equal(value, values[0]) for value in values]
         if len(values) < owners[original] or not all(alike):
@@ -697,40 +740,20 @@ def _check_tied(model: nn.Module, masked_modules: Sequence[nn.Module]) -> None:
             names = [name for name, parameter in everything if parameter is original]
             raise ValueError(
                 f"a masked weight or bias has another owner, which is not masked alike: {names}; "
-                f"mask all of them with the same scores=mask.scores, or untie those without a mask "
-                f"before bake(), with module.weight = nn.Parameter(module.weight.clone()); where "
-                f'it is a bias, bias="" in mask_weight() leaves it without a mask')
+                f"mask all of them with the same share=mask, or untie those without a mask before "
+                f"bake(), with module.weight = nn.Parameter(module.weight.clone()); where it is a "
+                f'bias, bias="" in mask_weight() leaves it without a mask')
 
 
-def _warn_if_nothing_is_pruned(model: nn.Module) -> None:
-    thresholds = []
-    lowest = []
-    highest = []
-    pruned = False
-    for mask in masks(model):
-        # On the meta device there are no numbers to look at.
-        if mask.scores.is_meta:
-            return
-        thresholds.append(mask.threshold.item())
-        lowest.append(mask.scores.min().item())
-        highest.append(mask.scores.max().item())
-        pruned = pruned or not mask.block_mask().all()
-    if not thresholds:
-        return
-    # Training never reached the masks if all scores, or a τ, are still 0, where they start.
-    untouched = min(lowest) == max(highest) == 0
-    if min(thresholds) == 0 or untouched or not pruned:
-        warnings.warn(
-            f"nothing, or not what was meant, is pruned, with τ from {min(thresholds):g} to "
-            f"{max(thresholds):g} and scores from {min(lowest):g} to {max(highest):g}: was "
-            f"set_threshold() called, were the masks put on before the optimiser was made, and did "
-            f"it get the scores with a rate of about 1e-2, as in parameter_groups()?", stacklevel=4)
+# -------------------------------------------------------------------------------- guards: cutting
 
 
 def _check_plain_linears(*linears: nn.Module) -> None:
     for linear in linears:
         if not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
             raise ValueError(f"a plain nn.Linear is expected, of a model that is baked: {linear}")
+    if len(set(linears)) < len(linears):
+        raise ValueError("each of the linears must be a module of its own")
 
 
 def _check_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear,
@@ -740,40 +763,29 @@ def _check_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Lin
     inner = out.in_features
     for linear in (query, key, value):
         if linear.out_features != inner:
-            raise ValueError(f"as many outputs as `out` has inputs, {inner}, are expected: "
-                             f"{linear}")
+            raise ValueError(f"query, key and value need as many outputs as `out` has inputs, "
+                             f"{inner}, which grouped-query attention has not: {linear}")
     if inner % head_size != 0:
         raise ValueError(f"{inner} rows are no whole number of heads of {head_size}")
 
 
 def _check_dimensions(fc1: nn.Linear, fc2: nn.Linear, gate: Optional[nn.Linear]) -> None:
-    _check_plain_linears(fc1, fc2)
+    linears = [fc1, fc2] if gate is None else [fc1, fc2, gate]
+    _check_plain_linears(*linears)
     if fc1.out_features != fc2.in_features:
         raise ValueError(f"as many outputs of fc1 as inputs of fc2 are expected: {fc1}, {fc2}")
-    if gate is not None:
-        _check_plain_linears(gate)
-        _check_gate(gate, fc1.out_features)
+    if gate is not None and gate.out_features != fc1.out_features:
+        raise ValueError(f"as many outputs of the gate as of fc1 are expected: {gate}, {fc1}")
 
 
-def _check_gate(gate: nn.Module, F: int) -> None:
-    if len(gate.weight) != F:
-        raise ValueError(f"the gate has {len(gate.weight)} outputs, but fc1 has {F}")
-    if parametrize.is_parametrized(gate, "weight"):
-        raise ValueError("the gate is parametrized already")
-
-
-def _check_act(act: Callable[[Tensor], Tensor], device: torch.device) -> None:
-    """act of some numbers must be act of each by itself: else no dimension can be taken out."""
-    values = torch.tensor([-3, -1.5, -0.5, 0, 0.25, 1, 2, 6], dtype=torch.float64, device=device)
-    # Eight numbers at once, and each by itself: is it the same?
-    try:
-        together = act(values.clone())      # a clone, since act may work in place
-        apart = torch.stack([act(value.clone().view(1)) for value in values])
-        fits = together.shape == values.shape and apart.shape == (len(values), 1)
-        fits = fits and torch.allclose(together, apart[:, 0], rtol=1e-4, atol=1e-6, equal_nan=True)
-    except Exception as error:      # whatever act raises where it is given another number of values
-        raise ValueError(f"act does not take single numbers of fp64: {error}") from error
+def _check_act(act: Callable[[Tensor], Tensor], weight: Tensor) -> None:
+    """act of many numbers must be act of each by itself: else no dimension can be taken out."""
+    numbers = torch.linspace(-3, 6, 256).to(weight)     # so many that dropout is found out
+    together = act(numbers.clone())                     # clones, since act may work in place
+    fits = together.shape == numbers.shape
+    if fits:
+        apart = torch.cat([act(number.clone()) for number in numbers.split(1)])
+        fits = torch.allclose(together, apart, rtol=1e-2, atol=1e-2, equal_nan=True)
     if not fits:
-        raise ValueError("act is expected to work on single numbers, but act of eight numbers is "
-                         "not act of each: softmax, norms, GLU and dropout in training cannot be "
-                         "cut")
+        raise ValueError("act must work on single numbers, and not at random: softmax, norms, GLU "
+                         "and dropout in training cannot be cut")

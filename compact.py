@@ -53,9 +53,10 @@ def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
     # From zeros to smaller matrices, layer by layer.
     for layer in small.bert.layers:
         attention, ffn = layer.attention, layer.ffn
-        attention.heads = blockprune.cut_heads(attention.query, attention.key, attention.value,
-                                               attention.out, model.config.head_size)
-        ffn.width = blockprune.cut_dimensions(ffn.fc1, ffn.fc2, ffn.act)
+        heads_left = blockprune.cut_heads(attention.query, attention.key, attention.value,
+                                          attention.out, model.config.head_size)
+        attention.heads = len(heads_left)
+        ffn.width = len(blockprune.cut_dimensions(ffn.fc1, ffn.fc2, ffn.act))
     # The configuration says how many of each are left in every layer.
     heads = [layer.attention.heads for layer in small.bert.layers]
     widths = [layer.ffn.width for layer in small.bert.layers]

@@ -123,19 +123,19 @@ def add_masks(model: BertForQuestionAnswering, method: str, block: str) -> None:
 
         # Attention: blocks of r × c in (out, in). `out` gets the block transposed, so that its
         # columns line up with the rows of query, key and value that belong to the same head.
-        head_scores = None
         if method == "struct":
             # Differs: one score a head, shared by its four matrices. The reference scores each
             # apart and removes a head when Q, K or V is empty, which changes the function.
             r, c = D, E
-            head_scores = torch.nn.Parameter(torch.zeros(attention.heads))
         elif method == "unstructured":
             r, c = 1, 1
         else:
             r, c = map(int, block.split("x"))
-        for linear in (attention.query, attention.key, attention.value):
-            blockprune.mask_weight(linear, (r, c), scores=head_scores, kind="attention")
-        blockprune.mask_weight(attention.out, (c, r), scores=head_scores, kind="attention")
+        query_mask = blockprune.mask_weight(attention.query, (r, c), kind="attention")
+        shared = query_mask if method == "struct" else None
+        for linear in (attention.key, attention.value):
+            blockprune.mask_weight(linear, (r, c), share=shared, kind="attention")
+        blockprune.mask_weight(attention.out, (c, r), share=shared, kind="attention")
 
         # Feed-forward: one score for each inner dimension, or blocks of r × c in both matrices.
         if method in ("hybrid", "struct"):
@@ -1127,23 +1127,15 @@ def cut_log(path: Path, step: int) -> None:
 
 def save_pruning(model: BertForQuestionAnswering, folder: str | Path, tokenizer_from: str | Path,
                  method: str, block: str, threshold: float) -> None:
-    """Save a masked model: with its masks folded in, and W, b and each distinct score apart.
+    """Save a masked model: with its masks folded in, and W, b and the owners' scores apart.
 
     model.safetensors is an ordinary BERT with zeros. pruning.safetensors and the key "pruning" of
-    config.json are what load_pruning() needs beside it; "shared" says, for other readers, which
-    scores are another mask's.
+    config.json are what load_pruning() needs beside it.
     """
-    # Of scores that masks share there is one, under its first name; where else is it?
-    parameters = dict(model.named_parameters())
-    first_name = {id(parameter): name for name, parameter in parameters.items()}
-    shared = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in parameters:
-            shared[name] = first_name[id(parameter)]
     # W ⊙ M(S) as an ordinary model, for everybody; W, b and S beside it, to go on pruning.
-    pruning = dict(method=method, block=block, threshold=threshold, shared=shared)
+    pruning = dict(method=method, block=block, threshold=threshold)
     save_model(model, folder, tokenizer_from, pruning=pruning)
-    of_masks = {name: p for name, p in parameters.items() if "parametrizations" in name}
+    of_masks = {name: p for name, p in model.named_parameters() if "parametrizations" in name}
     write_safetensors(of_masks, Path(folder, "pruning.safetensors"))
 
 

@@ -128,7 +128,7 @@ def distinct_scores(linears):
     """Each score tensor once, in the order in which it is met."""
     scores = []
     for linear in linears:
-        found = weight_mask(linear).scores
+        found = weight_mask(linear).owner.scores
         if not any(found is other for other in scores):
             scores.append(found)
     return scores
@@ -175,7 +175,7 @@ def test_masks_lie_and_are_shared_as_theirs(name):
         mask = weight_mask(linear)
         assert mask.kind == OUR_KIND[row["kind"]]
         assert list(mask.block) == row["block"]
-        assert mask.scores is scores[row["scores"]]
+        assert mask.owner.scores is scores[row["scores"]]
 
 
 @pytest.mark.parametrize("name", GOLDEN["cases"])

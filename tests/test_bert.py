@@ -477,7 +477,7 @@ def test_a_masked_model_saves_what_it_computes(tmp_path):
     tile_scores = mask_weight(layer.attention.value, (4, 5)).scores
     tile_scores.copy_(torch.tensor([[1, -1, 2], [-1, -2, -1], [-3, 1, -1]]))
     # Every third dimension goes.
-    dimension_scores = mask_dimensions(layer.ffn.fc1, layer.ffn.fc2)
+    dimension_scores = mask_dimensions(layer.ffn.fc1, layer.ffn.fc2).scores
     dimension_scores.copy_(torch.arange(20) % 3 - 0.5)
     set_threshold(model, 0.5)
 

@@ -164,9 +164,9 @@ def put_random_masks(rng, model, method):
     c = rng.randint(1, largest)
     add_masks(model, method, f"{r}x{c}")
     for mask in masks(model):
-        nn.init.normal_(mask.scores, std=2)
+        nn.init.normal_(mask.owner.scores, std=2)
         if rng.random() < 0.5:
-            scores = mask.scores.data.view(mask.grid)
+            scores = mask.owner.scores.data.view(mask.grid)
             fill_random_band(rng, scores, 0, DEAD)
             fill_random_band(rng, scores, 1, DEAD)
     set_threshold(model, 0.1)
@@ -532,7 +532,7 @@ def half_masked():
     add_masks(model, "hybrid", "4x3")
     set_threshold(model, 0.1)
     for mask in masks(model):
-        mask.scores.data.flatten()[::2] = DEAD
+        mask.owner.scores.data.flatten()[::2] = DEAD
     return model
 
 
@@ -670,7 +670,7 @@ def test_dimensions_of_any_two_linears(fc1_has_bias, fc2_has_bias):
     fc2.weight[:, 4] = 0
     x = torch.randn(7, 5).double()
     expected = fc2(act(fc1(x)))
-    assert cut_dimensions(fc1, fc2, act) == 3
+    assert len(cut_dimensions(fc1, fc2, act)) == 3
     assert_same(fc2(act(fc1(x))), expected)
 
     # The linears say what they are now.
@@ -683,7 +683,7 @@ def test_dimensions_of_any_two_linears(fc1_has_bias, fc2_has_bias):
         assert fc1.bias is None
     assert fc2.bias.shape == (4,)
     # There is nothing left to cut.
-    assert cut_dimensions(fc1, fc2, act) == 3
+    assert len(cut_dimensions(fc1, fc2, act)) == 3
 
 
 @pytest.mark.parametrize("fc1, fc2, message", [
@@ -703,14 +703,14 @@ def test_what_is_frozen_stays_frozen():
     fc1.weight.data[2] = 0
     fc1.bias.data[2] = 0
     bias = fc2.bias
-    assert cut_dimensions(fc1, fc2, nn.functional.relu) == 5
+    assert len(cut_dimensions(fc1, fc2, nn.functional.relu)) == 5
     assert fc2.bias is bias
     assert [parameter.requires_grad for parameter in fc1.parameters()] == [True, True]
     assert [parameter.requires_grad for parameter in fc2.parameters()] == [False, False]
     # Dimension 1 adds a constant: the bias of fc2 is a new one.
     fc1.weight.data[1] = 0
     fc1.bias.data[1] = 3
-    assert cut_dimensions(fc1, fc2, nn.functional.relu) == 4
+    assert len(cut_dimensions(fc1, fc2, nn.functional.relu)) == 4
     assert fc2.bias is not bias
     assert not fc2.bias.requires_grad
 
@@ -784,7 +784,7 @@ def test_what_is_masked_counts_as_zero_and_scores_do_not_count():
 
     layer = model.bert.layers[0]
     layer.attention.query.parametrizations.weight[0].scores.data[1] = DEAD
-    layer.ffn.fc1.parametrizations.weight[0].scores.data[:3] = DEAD
+    layer.ffn.fc1.parametrizations.weight[0].owner.scores.data[:3] = DEAD
     # A head is 4 · 12 weights in each of four matrices, a dimension 12 in each of two.
     left = dense["linear"] - 4 * 48 - 3 * 24
     assert count_parameters(model) == {**dense, "linear_nonzero": left}
@@ -1019,10 +1019,10 @@ def test_mask_rows():
     set_threshold(model, 0.1)
     a = model.bert.layers[1].attention
     f = model.bert.layers[1].ffn
-    a.query.parametrizations.weight[0].scores.data[1] = DEAD
-    a.value.parametrizations.weight[0].scores.data[0, 1] = DEAD
-    a.out.parametrizations.weight[0].scores.data[1, :2] = DEAD
-    f.fc2.parametrizations.weight[0].scores.data[[0, 3]] = DEAD
+    a.query.parametrizations.weight[0].owner.scores.data[1] = DEAD
+    a.value.parametrizations.weight[0].owner.scores.data[0, 1] = DEAD
+    a.out.parametrizations.weight[0].owner.scores.data[1, :2] = DEAD
+    f.fc2.parametrizations.weight[0].owner.scores.data[[0, 3]] = DEAD
     assert mask_rows(model) == {
         "0": {
             "query": ["11", "11", "11"],

@@ -124,8 +124,8 @@ def main():
     blockprune.bake(model)
     widths = []
     for layer in model.encoder.layers:
-        width = blockprune.cut_dimensions(layer.linear1, layer.linear2, layer.activation)
-        widths.append(width)
+        left = blockprune.cut_dimensions(layer.linear1, layer.linear2, layer.activation)
+        widths.append(len(left))
     cut = accuracy(model)
 
     print(f"accuracy: {dense:.3f} dense, {masked:.3f} with masks, {cut:.3f} cut")

@@ -148,8 +148,8 @@ def main():
     widths = []
     for stack in (model.transformer.encoder, model.transformer.decoder):
         for layer in stack.layers:
-            width = blockprune.cut_dimensions(layer.linear1, layer.linear2, layer.activation)
-            widths.append(width)
+            left = blockprune.cut_dimensions(layer.linear1, layer.linear2, layer.activation)
+            widths.append(len(left))
     pruned = accuracy(model)
 
     print(f"written without a mistake: {dense:.3f} dense, {pruned:.3f} pruned")
