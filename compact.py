@@ -3,11 +3,10 @@
     python compact.py R/hybrid --data D --out R/hybrid-compact          compact, check, score
     python compact.py --compare R/teacher R/hybrid-compact R/filled     the table, with speed
 
-Attention heads and inner dimensions of the feed-forward layers go; the residual width E stays. How
-they are cut stands in blockprune.py, cut_heads() and cut_dimensions(); here are BERT, the check on
-real text, what is counted and timed, and the command line. After Lagunas et al. 2021 (the authors'
-compile_model and optimize_model, huggingface/nn_pruning at 0cef2b2, nn_pruning/patch_coordinator.py
-and inference_model_patcher.py), but exact where they are not.
+Attention heads and inner dimensions of the feed-forward layers go; the hidden size E stays. How
+they are cut is in blockprune.py, cut_heads() and cut_dimensions(). After Lagunas et al. 2021 (the
+authors' compile_model and optimize_model, huggingface/nn_pruning at 0cef2b2,
+nn_pruning/patch_coordinator.py and inference_model_patcher.py), but exact where they are not.
 
     E hidden size   H heads   D head size   F width of a feed-forward layer   B batch   T tokens
 Comments: `# Differs:` marks a deviation from the authors, `# Note:` a remark of ours.
@@ -28,8 +27,8 @@ import torch
 
 import blockprune
 import train_squad as ts
-from bert import (BertConfig, BertForQuestionAnswering, hf_tensors, load_model, load_tokenizer,
-                  replacing, save_model, write_json)
+from bert import (BertConfig, BertForQuestionAnswering, folder_sha256, hf_tensors, load_model,
+                  load_tokenizer, replacing, save_model, write_json)
 
 # -------------------------------------------------------------------------------------- compaction
 
@@ -50,97 +49,78 @@ def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
         small = small.cpu()
     # From masks to zeros.
     small = blockprune.bake(small)
-    # From zeros to smaller matrices, layer by layer.
+    # From zeros to smaller matrices, layer by layer. The cuts return what is left.
     for layer in small.bert.layers:
         attention, ffn = layer.attention, layer.ffn
-        heads_left = blockprune.cut_heads(attention.query, attention.key, attention.value,
-                                          attention.out, model.config.head_size)
-        attention.heads = len(heads_left)
-        ffn.width = len(blockprune.cut_dimensions(ffn.fc1, ffn.fc2, ffn.act))
+        heads = blockprune.cut_heads(attention.query, attention.key, attention.value,
+                                     attention.out, model.config.head_size)
+        attention.heads = len(heads)
+        dimensions = blockprune.cut_dimensions(ffn.fc1, ffn.fc2, ffn.act)
+        ffn.width = len(dimensions)
     # The configuration says how many of each are left in every layer.
-    heads = [layer.attention.heads for layer in small.bert.layers]
-    widths = [layer.ffn.width for layer in small.bert.layers]
-    small.config = dataclasses.replace(model.config, heads=heads, ffn=widths)
+    small.config = dataclasses.replace(
+        model.config,
+        heads=[layer.attention.heads for layer in small.bert.layers],
+        ffn=[layer.ffn.width for layer in small.bert.layers])
     return small.to(device)
 
 
-@torch.no_grad()
-def heads_authors_rule(model: BertForQuestionAnswering) -> list[int]:
-    """How many heads the reference would leave in each layer: those with none of Q, K and V empty.
-
-    At least one stays in a layer that has any. Not exact: see cut_heads() of blockprune.py.
-    Source: nn_pruning/inference_model_patcher.py.
-    """
-    D = model.config.head_size
-    left = []
-    for layer in model.bert.layers:
-        attention = layer.attention
-        # A head is kept where it has something in its rows of query, of key, and of value.
-        kept = torch.ones(attention.heads, dtype=torch.bool)
-        for linear in (attention.query, attention.key, attention.value):
-            rows_of_head = linear.weight.view(attention.heads, D * linear.weight.shape[1])
-            kept &= (rows_of_head != 0).any(dim=1).cpu()
-        at_least = min(1, attention.heads)
-        left.append(max(at_least, int(kept.sum())))
-    return left
-
-
-# ----------------------------------------------------------------------- the check on real text
+# ==================================================================================================
+# A reader of the paper may stop here. What follows checks, counts, times and draws the result.
+# ==================================================================================================
+# ----------------------------------------------------------------------------- the check on real text
 
 
 @torch.no_grad()
-def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, batches,
-          best_spans) -> tuple[float, float]:
-    """Both models on the same batches: the largest |Δ logit| at a real token, and what is allowed.
+def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, features: ts.Features,
+          config: ts.Config) -> tuple[int, float, float]:
+    """Compare both models in fp32 on up to 1,024 random windows.
 
-    Allowed is 1e-5 · max(1, max |logit|). Where the best span is another one, the first model must
-    score the two within twice that. Raises ValueError otherwise.
-    batches: dicts with ids, types, real, context, each (B, T). best_spans(start, end, context)
-    gives the best span's score, first and last position, each (B,).
+    The largest |Δ logit| at a real token may be 1e-5 · max(1, max |logit|). Where the best span is
+    another one, the first model must score the two spans within twice that.
+    Returns the number of windows, the largest |Δ logit|, and what is allowed. Raises ValueError if
+    the models differ by more.
     """
+    generator = torch.Generator().manual_seed(config.seed)
+    windows = torch.randperm(len(features), generator=generator)[:1024].numpy()
     worst = torch.zeros(())
     largest = 1.0
     gaps = []       # where the best span is another one: how much worse it is, by the first model
-    for batch in batches:
-        real = batch["real"]
-        # Logits of both models, (B, T) each.
-        start, end = model(batch["ids"], batch["types"], real)
-        small_start, small_end = small(batch["ids"], batch["types"], real)
+    for begin in range(0, len(windows), 32):
+        batch = features.batch(windows[begin:begin + 32], config.device)
+        inputs = batch["ids"], batch["types"], batch["real"]
+        with full_fp32():
+            logits = torch.stack(model(*inputs))                    # (2, B, T): start, end
+            small_logits = torch.stack(small(*inputs))
         # Logits at padding mean nothing.
-        start = start.masked_fill(~real, 0)
-        end = end.masked_fill(~real, 0)
-        small_start = small_start.masked_fill(~real, 0)
-        small_end = small_end.masked_fill(~real, 0)
+        logits = logits.masked_fill(~batch["real"], 0)
+        small_logits = small_logits.masked_fill(~batch["real"], 0)
 
-        # The largest difference of a logit. Note: torch.maximum hands a NaN on; max() would not.
-        difference = torch.stack([(start - small_start).abs(), (end - small_end).abs()]).max()
-        worst = torch.maximum(worst, difference.cpu())
-        largest = max(largest, float(start.abs().max()), float(end.abs().max()))
+        # Note: torch.maximum hands a NaN on; max() would not.
+        worst = torch.maximum(worst, (logits - small_logits).abs().max().cpu())
+        largest = max(largest, logits.abs().max().item())
 
         # Do both find the same answer? If not, how much does the first model prefer its own?
-        span_score, i, j = best_spans(start, end, batch["context"])
-        _, small_i, small_j = best_spans(small_start, small_end, batch["context"])
+        span_score, i, j = ts.best_spans(*logits, batch["context"], config.max_answer)
+        _, small_i, small_j = ts.best_spans(*small_logits, batch["context"], config.max_answer)
         row = torch.arange(len(i), device=i.device)
-        gap = span_score - start[row, small_i] - end[row, small_j]      # (B,)
+        gap = span_score - logits[0, row, small_i] - logits[1, row, small_j]        # (B,)
         moved = (i != small_i) | (j != small_j)
         gaps += gap[moved].tolist()
 
     # A logit of NaN or infinity never agrees.
     allowed = 1e-5 * largest
-    logits_agree = bool(worst <= allowed) and math.isfinite(allowed)
+    logits_agree = worst.item() <= allowed and math.isfinite(allowed)
     spans_agree = all(gap <= 2 * allowed for gap in gaps)
-    if not logits_agree or not spans_agree:
-        raise ValueError(f"the compacted model differs: |Δ logit| {worst:.2e} where {allowed:.2e} "
-                         f"is allowed, {len(gaps)} other spans. No model was written")
-    return worst.item(), allowed
+    if not (logits_agree and spans_agree):
+        raise ValueError(f"the compacted model differs: |Δ logit| {worst:.2e}, allowed is "
+                         f"{allowed:.2e}; {len(gaps)} other spans. No model was written")
+    return len(windows), worst.item(), allowed
 
 
 @contextlib.contextmanager
-def highest_precision():
-    """Compute products in full fp32, also where the user's settings allow less.
-
-    With less, two models that are the same function would differ by more than is allowed.
-    """
+def full_fp32():
+    """Compute products in full fp32, also if the user's settings allow less (such as TF32)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -154,7 +134,7 @@ def highest_precision():
 
 @torch.no_grad()
 def count_parameters(model: BertForQuestionAnswering) -> dict[str, int]:
-    """Sizes of a model, masks folded in. "linear" are the encoder's matrices, which density is of.
+    """Sizes of a model, masks folded in. "linear" are the encoder's matrices.
 
     linear: their elements.
     linear_nonzero: those that are not 0.
@@ -180,11 +160,11 @@ def count_parameters(model: BertForQuestionAnswering) -> dict[str, int]:
     }
 
 
-def counted(model: BertForQuestionAnswering) -> dict:
-    """What results.json says of a model's size.
+def size_of(model: BertForQuestionAnswering) -> dict:
+    """What results.json has about a model's size.
 
-    density is non-zero / dense linear weights: a weight that a mask keeps may still be zero.
-    heads and ffn are those that compaction leaves.
+    density: non-zero / dense linear weights; a weight that a mask keeps may still be zero.
+    heads, ffn: how many of each compaction leaves per layer.
     """
     parameters = count_parameters(model)
     small = compact(model).config
@@ -197,7 +177,7 @@ def counted(model: BertForQuestionAnswering) -> dict:
 
 
 def flops(config: BertConfig, length: int) -> int:
-    """Floating point operations of one row's forward pass: its products, 2 a multiply-add."""
+    """Floating point operations of one row's forward pass: its products, 2 per multiply-add."""
     T = length
     E = config.hidden_size
     D = config.head_size
@@ -216,8 +196,7 @@ def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: i
     """Milliseconds of `repeats` forward passes of each model, on random ids without padding.
 
     The models take turns of two passes, of which the second counts: so each finds its weights and
-    its memory as it left them, not as the others did. They are moved to the device and set to eval
-    mode.
+    its memory as it left them. They are moved to the device and set to eval mode.
     """
     # The same word pieces for all models, (batch, length).
     generator = torch.Generator().manual_seed(0)
@@ -231,14 +210,14 @@ def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: i
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         # The first turn warms up, and is left out of what is returned.
         for _ in range(1 + repeats):
-            for model, of_model in zip(models, times):
+            for model, own_times in zip(models, times):
                 model(ids)
                 synchronize()
                 start = time.perf_counter()
                 model(ids)
                 synchronize()
-                of_model.append(1000 * (time.perf_counter() - start))
-    return [of_model[1:] for of_model in times]
+                own_times.append(1000 * (time.perf_counter() - start))
+    return [own_times[1:] for own_times in times]
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -260,25 +239,21 @@ def draw(config: BertConfig) -> str:
 
 
 @torch.no_grad()
-def mask_rows(model: BertForQuestionAnswering) -> dict[str, dict[str, list[str]]]:
-    """The masks on the grid of blocks, by layer and matrix: each row is a string of 0 and 1."""
-    masks = {}
+def write_masks(model: BertForQuestionAnswering, path: Path) -> None:
+    """Write masks.json: by layer and matrix, each row of the grid of blocks as a string of 0 and 1.
+
+    The file has a line per matrix.
+    """
+    layers = []
     for i, layer in enumerate(model.bert.layers):
-        of_layer = {}
+        matrices = []
         for part in (layer.attention, layer.ffn):
             for name, linear in part.named_children():
-                mask = linear.parametrizations.weight[0]
-                grid = mask.block_mask().int().tolist()
-                of_layer[name] = ["".join(map(str, row)) for row in grid]
-        masks[str(i)] = of_layer
-    return masks
-
-
-def write_masks(path: Path, masks: dict[str, dict[str, list[str]]]) -> None:
-    """Write masks.json, with a line for each matrix."""
-    layers = []
-    for i, of_layer in masks.items():
-        matrices = [f'  "{name}": {json.dumps(rows)}' for name, rows in of_layer.items()]
+                if not isinstance(linear, torch.nn.Linear) or not hasattr(linear, "parametrizations"):
+                    continue
+                grid = linear.parametrizations.weight[0].block_mask().int().tolist()
+                rows = ["".join(map(str, row)) for row in grid]
+                matrices.append(f'  "{name}": {json.dumps(rows)}')
         layers.append(f' "{i}": {{\n' + ",\n".join(matrices) + "\n }")
     with replacing(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(layers) + "\n}\n", encoding="utf-8")
@@ -287,154 +262,106 @@ def write_masks(path: Path, masks: dict[str, dict[str, list[str]]]) -> None:
 # ------------------------------------------------------------------------------------ command line
 
 
-def run(folder: Path, out: Path, data: str, v2: bool, dev_questions: int | None, device: str | None,
-        command: str) -> None:
-    """Compact a run folder into another: checked on real text, then scored as it is on disk."""
+def run(folder: Path, config: ts.Config, command: str) -> None:
+    """Compact a model folder into config.out: checked on real text, then scored as it is on disk."""
     began = time.monotonic()
-    # What is compacted must be the end of a run: its results are there, and are of its weights.
-    trained = ts.read_run(folder)
-    if trained is None:
-        raise ValueError(f"{folder}: no run of ours is in it")
-    scored(folder)
-
-    # The settings are those of the run, but for what is scored, and where.
-    config = ts.Config(**trained["settings"])
-    config.out = str(out)
-    if device is not None:
-        config.device = device
-    elif not ts.device_works(config.device):
-        config.device = None
-    if data:
-        config.data = data
-    if v2:
-        config.v2 = True
-    if dev_questions is not None:
-        config.dev_questions = dev_questions
-    config = ts.settle(config)
-    dev_file = ts.file_name("dev", config.v2)
-    dev = ts.read_squad(config.data, dev_file, config.dev_questions)
-
-    # The new folder is of these contents and no others. One process at a time writes into it.
-    contents = {"contents of dev": dev.sha256, **ts.contents_of("run", folder)}
-    with ts.held(out):
-        if ts.claim(config, contents, command, compacted=folder):
+    out = Path(config.out)
+    config = ts.fill_in(config)
+    dev = ts.read_squad(config.data, ts.file_name("dev", config.v2), config.dev_questions)
+    features = ts.Features(dev, load_tokenizer(folder), config, training=False)
+    masked = ts.load_pruning(folder).eval().to(config.device)
+    inputs = {"run": folder_sha256(folder), "dev file": dev.sha256}
+    with ts.locked(out):
+        if ts.is_finished(config, inputs, command):
             print(f"{out}: finished before, its results.json is there")
             return
-        features = ts.Features(dev, load_tokenizer(folder), config, training=False)
-
-        # 1. Compact. A run that is not pruned has no masks, and is loaded just the same.
-        masked = ts.load_pruning(folder).eval().to(config.device)
+        # No model is written before the two are seen to be one function.
         small = compact(masked)
-
-        # 2. Check. No model is written before the two are seen to be one function.
-        windows, worst, allowed = check_on_dev(masked, small, features, config)
+        windows, difference, allowed = check(masked, small, features, config)
         save_model(small, out, tokenizer_from=folder)
-        if list(blockprune.masks(masked)):
-            write_masks(out / "masks.json", mask_rows(masked))
-
-        # 3. Score both, the smaller one as it is on disk.
+        if any(blockprune.masks(masked)):
+            write_masks(masked, out / "masks.json")
+        # Score both, the smaller one as it is on disk.
         small = load_model(out)
         before = ts.evaluate(masked, features, config, out)
         after = ts.evaluate(small, features, config, out)
-
-        # 4. Count. The authors' rule needs the masked model: its queries and keys are all there.
-        ts.write_results(out, config, None, dev, **after, exact_match_masked=before["exact_match"],
-                         f1_masked=before["f1"], density_masked=counted(masked)["density"],
-                         **counted(small), heads_authors_rule=heads_authors_rule(masked),
-                         max_abs_logit_difference=worst, allowed_logit_difference=allowed,
-                         command=command, seconds=time.monotonic() - began)
+        ts.write_results(config, None, dev, **after, exact_match_masked=before["exact_match"],
+                         f1_masked=before["f1"], density_masked=size_of(masked)["density"],
+                         **size_of(small), max_abs_logit_difference=difference,
+                         allowed_logit_difference=allowed, command=command,
+                         seconds=time.monotonic() - began)
     print(draw(small.config))
     print(f"{out}: F1 {before['f1']:.2f} masked, {after['f1']:.2f} compact; the largest difference "
-          f"of a logit over {windows} windows in fp32 is {worst:.1e}, {allowed:.1e} is allowed")
+          f"of a logit over {windows} windows in fp32 is {difference:.1e}, {allowed:.1e} is allowed")
 
 
-def check_on_dev(masked: BertForQuestionAnswering, small: BertForQuestionAnswering,
-                 features: ts.Features, config: ts.Config) -> tuple[int, float, float]:
-    """check() on up to 1,024 random windows of the dev set. Returns their number and its result."""
-    generator = torch.Generator().manual_seed(config.seed)
-    windows = torch.randperm(len(features), generator=generator)[:1024].numpy()
+def settings_of(folder: Path, arguments: argparse.Namespace) -> ts.Config:
+    """The settings of the run in a folder, but for what is scored, and where."""
+    config = ts.read_run(folder)
+    if config is None:
+        config = ts.Config()        # any BERT folder: somebody else's fine-tuned model, for example
+    else:
+        finished_results(folder)
+    config.out = str(arguments.out)
+    config.device = arguments.device
+    if arguments.data:
+        config.data = arguments.data
+    if arguments.v2:
+        config.v2 = True
+    if arguments.dev_questions is not None:
+        config.dev_questions = arguments.dev_questions
+    return config
 
-    def batches():
-        for first in range(0, len(windows), 32):
-            yield features.batch(windows[first:first + 32], config.device)
 
-    def best_spans(start, end, context):
-        return ts.best_spans(start, end, context, config.max_answer)
-
-    with highest_precision():
-        worst, allowed = check(masked, small, batches(), best_spans)
-    return len(windows), worst, allowed
-
-
-def scored(folder: Path) -> dict:
-    """The results.json of a folder; ValueError where it has none of the files that are there."""
-    results = ts.scored(folder)
+def finished_results(folder: Path) -> dict:
+    """The results.json of a folder; ValueError if there is none that belongs to its weights."""
+    results = ts.read_results(folder)
     if results is None:
-        raise ValueError(f"{folder}/results.json is missing or not of the weights beside it: run "
-                         "what made it again")
+        raise ValueError(f"{folder}: no results.json that belongs to its weights. Rerun the command "
+                         "that made this folder")
     return results
 
 
-def compare(folders: list[Path], data: str, v2: bool, batch: int, length: int,
-            device: str | None) -> None:
+def compare(folders: list[Path], data: str, batch: int, length: int, device: str | None) -> None:
     """Print the table of some run folders. Speed is relative to the first, in one go, in fp32.
 
     What is counted and timed goes into each results.json, and the table into summary.json beside
-    the first folder. ValueError if they were not all scored on the same dev set, that of the folder
-    `data` if it is given, or if the results.json of one is not of its weights.
+    the first folder. ValueError if they were not all scored on the same dev questions (those in the
+    folder `data`, if it is given).
     """
     # All of them were scored on the same questions, or there is no table.
-    rows = [scored(folder) for folder in folders]
-    check_dev_sets(rows, data, v2)
+    rows = [finished_results(folder) for folder in folders]
+    dev_sets = {(row["data"]["sha256"]["dev"], row["data"]["dev_questions"]) for row in rows}
+    if data:
+        name = ts.file_name("dev", rows[0]["data"]["v2"])
+        dev_sets.add((ts.read_squad(data, name).sha256, rows[0]["data"]["dev_questions"]))
+    if len(dev_sets) > 1:
+        raise ValueError("the models were not scored on the same dev questions")
+
+    # One number per model: the median is not moved by a pass that the machine interrupted.
     models = [load_model(folder) for folder in folders]
-    most = min(model.config.max_position_embeddings for model in models)
-    if batch < 1 or not 1 <= length <= most:
-        raise ValueError(f"--batch {batch}, --length {length}: over 0, and within the models' "
-                         f"{most} positions")
-    # One number a model: the median is not moved by a pass that the machine interrupted.
     device = ts.pick_device(device)
     threads = torch.get_num_threads()
     passes = benchmark(models, batch, length, device=device)
-    times = [statistics.median(of_model) for of_model in passes]
+    times = [statistics.median(own_times) for own_times in passes]
 
     print(f"\n{'model':16} {'EM':>6} {'F1':>6} {'linear':>8} {'density':>8} {'total':>8} "
           f"{'heads':>7} {'FLOPs':>7} {'ms':>7} {'speed':>6}")
     dense = models[0].config
     table = []
     for folder, results, model, milliseconds in zip(folders, rows, models, times):
-        results.update(counted(model))
-        # Of a compacted model the authors' rule was counted on the masked one: that number stays.
-        results.setdefault("heads_authors_rule", heads_authors_rule(model))
+        results.update(size_of(model))
         results.update(latency_ms=milliseconds, speedup=times[0] / milliseconds, batch=batch,
                        length=length, device=device, threads=threads,
                        flops_ratio=flops(dense, length) / flops(model.config, length))
-        with ts.held(folder):
-            # A table that was killed while it wrote leaves half a file.
-            for path in ts.half_written(folder):
-                path.unlink()
+        with ts.locked(folder):
             write_json(folder / "results.json", results)
         print(table_line(folder.name, results, sum(dense.heads)))
         table.append({"model": folder.name, **results})
     write_json(folders[0].parent / "summary.json", table)
     print(f"forward pass of {batch} x {length} word pieces in fp32 on {device}, {threads} threads.")
-    if table[0]["data"].get("name") == "builtin":
+    if rows[0]["data"]["builtin"]:
         print("The built-in made-up corpus, NOT SQuAD.")
-
-
-def check_dev_sets(rows: list[dict], data: str, v2: bool) -> None:
-    """ValueError unless all results are of one dev set, and that the one of the folder `data`."""
-    # A dev set is told by the sha256 of its file, and by how many of its questions are taken.
-    dev_sets = set()
-    for results in rows:
-        of_dev = results["data"]
-        dev_sets.add((of_dev["sha256"].get("dev"), of_dev.get("dev_questions")))
-    same = len(dev_sets) == 1
-    if data:
-        folder = ts.settle(ts.Config(data=data)).data
-        wanted = ts.read_squad(folder, ts.file_name("dev", v2)).sha256
-        same = same and wanted in {sha256 for sha256, _ in dev_sets}
-    if not same:
-        raise ValueError("the models were not scored on the same dev questions")
 
 
 def table_line(name: str, results: dict, all_heads: int) -> str:
@@ -446,34 +373,36 @@ def table_line(name: str, results: dict, all_heads: int) -> str:
             f"{results['latency_ms']:7.1f} {results['speedup']:5.2f}x")
 
 
+def work(arguments: argparse.Namespace, command: str) -> None:
+    if arguments.compare:
+        compare(arguments.compare, arguments.data, arguments.batch, arguments.length,
+                arguments.device)
+    else:
+        run(arguments.folder, settings_of(arguments.folder, arguments), command)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status, as that of train_squad.py."""
-    ts.forgiving_output()
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="the run folder to compact")
+    parser.add_argument("folder", nargs="?", type=Path, help="the model folder to compact")
     parser.add_argument("--out", type=Path, help="the folder to write")
     parser.add_argument("--compare", nargs="+", type=Path, metavar="FOLDER",
                         help="print the table of run folders")
-    parser.add_argument("--data", default="",
-                        help="folder with dev-v1.1.json; default: that of the run; with --compare: "
-                             "refuse models that were scored on another")
-    parser.add_argument("--v2", action="store_true",
-                        help="dev-v2.0.json instead, whatever the run was trained on")
-    parser.add_argument("--dev-questions", type=int,
-                        help="as in train_squad.py; default: that of the run")
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: that of the run")
-    parser.add_argument("--batch", type=int, default=32, help="rows of the timed forward pass")
-    parser.add_argument("--length", type=int, default=128, help="word pieces in each of them")
+    parser.add_argument("--data", default="", help="folder with dev-v1.1.json (that of the run); "
+                        "with --compare: the one that all models must have been scored on")
+    parser.add_argument("--v2", action="store_true", help="score on dev-v2.0.json (as the run)")
+    parser.add_argument("--dev-questions", type=int, help="as in train_squad.py (that of the run)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"),
+                        help="(a GPU that works, else the CPU)")
+    parser.add_argument("--batch", type=int, default=32, help="rows of the timed forward pass (32)")
+    parser.add_argument("--length", type=int, default=128, help="word pieces in each of them (128)")
     if argv is None:
         argv = sys.argv[1:]
-    a = parser.parse_args(argv)
-    if a.compare:
-        return ts.exit_status(compare, a.compare, a.data, a.v2, a.batch, a.length, a.device)
-    if not a.folder or not a.out:
-        parser.error("give a run folder and --out, or --compare")
-    command = shlex.join(["python", "compact.py", *argv])
-    return ts.exit_status(run, a.folder, a.out, a.data, a.v2, a.dev_questions, a.device, command)
+    arguments = parser.parse_args(argv)
+    if not arguments.compare and not (arguments.folder and arguments.out):
+        parser.error("a model folder and --out are needed, or --compare")
+    return ts.exit_status(work, arguments, shlex.join(["python", "compact.py", *argv]))
 
 
 if __name__ == "__main__":

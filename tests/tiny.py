@@ -1,0 +1,80 @@
+"""What several test files need: a tiny BERT, a small corpus, and the runs of `make squad` on them."""
+import json
+import re
+from pathlib import Path
+
+import torch
+
+import compact
+import train_squad as ts
+from bert import BertConfig, BertForQuestionAnswering, save_model, write_json
+from builtin import builtin_corpus
+
+# Flags of every training: windows of the tiny model, a log line per step, bits that can be compared.
+COMMON = ("--max-length 48 --max-question 16 --stride 8 --precision fp32 --device cpu "
+          "--log-every 1").split()
+# A pruning of which half is left, and a training of 12 steps, with masks that are pruned in these.
+HYBRID = ("--method hybrid --block 4x6 --epochs 5 --lr 1e-3 --score-lr 0.2 --final-lambda 2 "
+          "--final-warmup 4").split()
+SHORT = "--questions 40 --epochs 3 --lr 1e-3".split()
+SHORT_HYBRID = SHORT + ("--method hybrid --block 4x6 --score-lr 1 --final-lambda 5 "
+                        "--final-warmup 2").split()
+
+
+def read(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def tiny_config(vocab_size=50, **changes) -> BertConfig:
+    """All sizes different, so that a transposed axis cannot hide."""
+    values = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+                  max_position_embeddings=64, initializer_range=0.1)
+    return BertConfig(vocab_size, **{**values, **changes})
+
+
+def write_bert(folder, words) -> None:
+    """Write a model folder: a random BERT with this vocabulary."""
+    torch.manual_seed(0)
+    save_model(BertForQuestionAnswering(tiny_config(len(words))), folder)
+    Path(folder, "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+
+
+def write_home(home) -> None:
+    """Write home/data, a made-up corpus in SQuAD's form, and home/bert, whose words are those of it."""
+    text = ""
+    for part, passages, seed in (("train", 100, 1), ("dev", 40, 2)):
+        path = Path(home, f"data/{part}-v1.1.json")
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, builtin_corpus(passages, seed, relations=3))
+        text += path.read_text(encoding="utf-8").lower()
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK]".split()
+    words += sorted(set(re.findall(r"[a-z]+|[^\w\s]", text)))
+    write_bert(Path(home, "bert"), words)
+
+
+def run_training(home, out, flags, init="bert", teacher=None) -> int:
+    """Train on home/data; the exit status. Folders are in home, or wherever a whole path says."""
+    arguments = ["--data", str(home / "data"), "--init", str(home / init), "--out", str(home / out)]
+    if teacher is not None:
+        arguments += ["--teacher", str(home / teacher)]
+    return ts.main(arguments + COMMON + list(flags))
+
+
+def run_compaction(folder, out, flags=()) -> int:
+    """Compact a run folder into another; the exit status."""
+    return compact.main([str(folder), "--out", str(out), "--device", "cpu", *flags])
+
+
+def run_table(folders, flags=()) -> int:
+    """Print the table of some run folders; the exit status."""
+    folders = [str(folder) for folder in folders]
+    return compact.main(["--compare", *folders, "--batch", "2", "--length", "48", *flags])
+
+
+def run_chain(home) -> None:
+    """The runs of `make squad` in home: teacher, hybrid, small (compacted), filled; about 6 seconds."""
+    filling = "--fill --epochs 2 --lr 1e-3".split()
+    assert run_training(home, "teacher", "--epochs 10 --lr 3e-3".split()) == 0
+    assert run_training(home, "hybrid", HYBRID, init="teacher", teacher="teacher") == 0
+    assert run_compaction(home / "hybrid", home / "small") == 0
+    assert run_training(home, "filled", filling, init="small", teacher="teacher") == 0
