@@ -59,11 +59,9 @@ class BertConfig:
         if self.ffn is None:
             self.ffn = [self.intermediate_size] * self.num_hidden_layers
         if len(self.heads) != self.num_hidden_layers or len(self.ffn) != self.num_hidden_layers:
-            raise ValueError(f"heads and ffn need a number for each of num_hidden_layers "
-                             f"{self.num_hidden_layers}, not {self.heads} and {self.ffn}")
+            raise ValueError("heads and ffn must have num_hidden_layers numbers each")
         if self.hidden_size % self.num_attention_heads != 0:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of "
-                             f"num_attention_heads {self.num_attention_heads}")
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {list(ACTIVATIONS)}")
 
@@ -73,7 +71,7 @@ class BertConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, drawn in BertForQuestionAnswering. Torch's own way warns about empty matrices."""
+    """nn.Linear without its own draw, which warns of empty matrices."""
 
     def reset_parameters(self):
         nn.init.zeros_(self.bias)
@@ -97,39 +95,31 @@ class SelfAttention(nn.Module):
         # With no head left, what remains of the sum over heads is the bias.
         if self.heads == 0:
             return self.out.bias.expand_as(x)
-        # Note: under pruning the weight that self.query(x) reads is W ⊙ M(S). It is a torch
-        # parametrization, which calls BlockMask.forward() of blockprune.py. So for all linears.
-        q = self.split_heads(self.query(x))                         # (B, H, T, D)
-        k = self.split_heads(self.key(x))
-        v = self.split_heads(self.value(x))
-        # As in BERT, dropout acts on the attention weights: a token may not be looked at at all.
+        # Note: while a model is pruned, the weight that self.query(x) reads is W ⊙ M(S). It is a
+        # torch parametrization: reading it calls BlockMask.forward() of blockprune.py. The same
+        # holds for key, value, out, fc1 and fc2.
+        B, T, _ = x.shape
+        q = self.query(x).view(B, T, self.heads, -1).transpose(1, 2)        # (B, H, T, D)
+        k = self.key(x).view(B, T, self.heads, -1).transpose(1, 2)
+        v = self.value(x).view(B, T, self.heads, -1).transpose(1, 2)
+        # As in BERT, dropout acts on the attention weights, so it hides tokens from each other.
         dropout = self.dropout if self.training else 0.0
         x = scaled_dot_product_attention(q, k, v, attention_mask, dropout)
-        # Put the heads side by side again.
-        x = x.transpose(1, 2)                                       # (B, T, H, D)
-        x = x.flatten(2)                                            # (B, T, H · D)
-        return self.out(x)                                          # (B, T, E)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, H · D) to (B, H, T, D)."""
-        B, T, _ = x.shape
-        return x.view(B, T, self.heads, -1).transpose(1, 2)
+        x = x.transpose(1, 2).flatten(2)                                    # (B, T, H · D)
+        return self.out(x)                                                  # (B, T, E)
 
 
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None,
-                                 dropout: float) -> Tensor:
-    """torch's function of this name. Of bf16 on a CPU it is computed in fp32.
+def scaled_dot_product_attention(q, k, v, attention_mask, dropout: float) -> Tensor:
+    """torch's function of that name, but on a CPU never in bf16.
 
-    A CPU's kernel gains nothing from bf16, and its gradient takes twice as long in it.
+    There bf16 gains nothing, and its gradient takes twice as long.
     """
     dtype = q.dtype
     if q.is_cpu and dtype == torch.bfloat16:
-        q = q.float()
-        k = k.float()
-        v = v.float()
+        q, k, v = q.float(), k.float(), v.float()
     with torch.autocast("cpu", enabled=False):
         x = functional.scaled_dot_product_attention(q, k, v, attention_mask, dropout)
-    return x.to(dtype)                                              # (B, H, T, D)
+    return x.to(dtype)                                                      # (B, H, T, D)
 
 
 class FeedForward(nn.Module):
@@ -155,12 +145,10 @@ class Layer(nn.Module):
 
     def __init__(self, config: BertConfig, heads: int, width: int):
         super().__init__()
-        E = config.hidden_size
-        eps = config.layer_norm_eps
         self.attention = SelfAttention(config, heads)
-        self.attention_norm = nn.LayerNorm(E, eps)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.ffn = FeedForward(config, width)
-        self.ffn_norm = nn.LayerNorm(E, eps)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -202,17 +190,14 @@ class Bert(nn.Module):
 
 
 class BertForQuestionAnswering(nn.Module):
-    """BERT with a linear layer that scores each token as the start and as the end of the answer.
-
-    config: a BertConfig. Weights are drawn from N(0, initializer_range²), biases are 0.
-    """
+    """BERT with a linear layer that scores each token as the start and as the end of the answer."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config
         self.bert = Bert(config)
         self.qa_outputs = Linear(config.hidden_size, 2)
-        # As BERT does, here for all modules: in their order, so that a seed gives one model.
+        # Weights are drawn as BERT's are, in the order of the modules, and biases are 0.
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -229,25 +214,21 @@ class BertForQuestionAnswering(nn.Module):
         return logits.unbind(dim=-1)
 
 
-# ==================================================================================================
-# A reader of the paper may stop here: the model is complete. What follows are its files on disk.
-# ==================================================================================================
+# ============== A reader of the paper may stop here. What follows are files on disk. ==============
 
 
 @contextlib.contextmanager
 def reading(path: str | Path):
-    """What goes wrong inside becomes ValueError("PATH: …"), in one line.
-
-    Errors of the system, which name the file, and running out of memory stay what they are.
-    """
+    """What goes wrong inside becomes ValueError("PATH: …"), in one line."""
     try:
         yield
+    # The system names the file itself, and memory that runs out is not the file's fault.
     except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
         # str() of a KeyError is the key alone, and torch's messages have many lines.
         reason = str(error) if isinstance(error, ValueError) else f"{error!r:.200}"
-        # A reading() inside this one has said the path.
+        # A reading() inside this one has said the path already.
         if reason.startswith(str(path)):
             raise
         raise ValueError(f"{path}: {reason}") from error
@@ -255,16 +236,13 @@ def reading(path: str | Path):
 
 @contextlib.contextmanager
 def replacing(path: str | Path):
-    """with replacing(path) as temporary: what is written to `temporary` then replaces `path`.
-
-    So `path` is always whole. If the writing is cut off, the next one overwrites what it left.
-    """
+    """What is written to the temporary path then replaces `path`, which so is always whole."""
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        # The system names the temporary file or, if the disk is full, none.
+        # The system names the temporary file, or none if the disk is full.
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
@@ -282,9 +260,8 @@ def write_json(path: str | Path, values) -> None:
 
 
 # ------------------------------------------------------------------------------------- safetensors
-# The format: 8 bytes N (little endian), N bytes of JSON, the data of all tensors without a gap.
-# The JSON is {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, counted in bytes
-# from the beginning of the data.
+# The format: 8 bytes N (little endian), N bytes of JSON, the data of all tensors.
+# The JSON is {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, bytes of the data.
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "I64": torch.int64}
@@ -305,12 +282,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         for name, row in header.items():
             dtype = DTYPES[row["dtype"]]
             begin, end = row["data_offsets"]
-            tensor = torch.empty(0, dtype=dtype, device="cpu")
-            # frombuffer() makes no tensor without elements.
-            if end > begin:
-                count = (end - begin) // dtype.itemsize
-                tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
-            tensors[name] = tensor.view(row["shape"])
+            count = (end - begin) // dtype.itemsize
+            # frombuffer() makes no empty tensor.
+            flat = torch.empty(0, dtype=dtype, device="cpu")
+            if count > 0:
+                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
+            tensors[name] = flat.view(row["shape"])
     return tensors
 
 
@@ -372,6 +349,7 @@ def hf_tensors(model: BertForQuestionAnswering) -> dict[str, Tensor]:
             if hasattr(module, "bias"):     # an embedding has none
                 tensors[f"{name}.bias"] = module.bias
     return tensors
+
 
 def load_config(folder: str | Path) -> BertConfig:
     """The config.json of a model folder."""
@@ -442,38 +420,31 @@ def save_model(model: BertForQuestionAnswering, folder: str | Path,
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # 1. The weights. In HF's model the head of question answering stands beside `bert`, not in it.
+    # 1. The weights. In HF's model the head stands beside `bert`, not in it.
     tensors = {}
     for name, tensor in hf_tensors(model).items():
         if not name.startswith("qa_outputs"):
             name = f"bert.{name}"
         tensors[name] = tensor
     write_safetensors(tensors, folder / "model.safetensors")
-
     # 2. The configuration.
     values = {"architectures": ["BertForQuestionAnswering"], "model_type": "bert"}
     values.update(dataclasses.asdict(model.config))
-    # An ordinary BERT, from which nothing is removed, keeps an ordinary configuration.
-    if model.config == dataclasses.replace(model.config, heads=None, ffn=None):
-        del values["heads"]
-        del values["ffn"]
+    values.update(extra)
+    # 3. The tokenizer, as it is, and nothing of another one. Some have the case in config.json.
     if tokenizer_from is not None:
-        # The case too, of folders that say it in config.json alone.
-        case = read_json(Path(tokenizer_from, "config.json")).get("do_lower_case")
-        if case is not None:
-            values["do_lower_case"] = case
-    write_json(folder / "config.json", values | extra)
-
-    # 3. The tokenizer, as it is. Files that the other folder does not have would be another one's.
-    if tokenizer_from is not None:
+        source = read_json(Path(tokenizer_from, "config.json"))
+        if "do_lower_case" in source:
+            values["do_lower_case"] = source["do_lower_case"]
         for name in TOKENIZER_FILES:
-            source = Path(tokenizer_from, name)
-            if source.is_file():
-                content = source.read_bytes()
+            path = Path(tokenizer_from, name)
+            if path.is_file():
+                content = path.read_bytes()
                 with replacing(folder / name) as temporary:
                     temporary.write_bytes(content)
             else:
-                (folder / name).unlink(missing_ok=True)
+                Path(folder, name).unlink(missing_ok=True)
+    write_json(folder / "config.json", values)
 
 
 def _weights_path(folder: str | Path) -> Path:
@@ -515,9 +486,9 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")       # all of them are ne
 def load_tokenizer(folder: str | Path) -> Tokenizer | BertWordPieceTokenizer:
     """The tokenizer of a model folder: its tokenizer.json or, without one, its vocab.txt."""
     vocab_size = load_config(folder).vocab_size
-    options = {}
-    if Path(folder, "tokenizer_config.json").is_file():
-        options = read_json(Path(folder, "tokenizer_config.json"))
+    config = read_json(Path(folder, "config.json"))
+    options = _optional_json(Path(folder, "tokenizer_config.json"))
+    added = _optional_json(Path(folder, "added_tokens.json"))
     path = Path(folder, "tokenizer.json")
     if not path.is_file():
         path = Path(folder, "vocab.txt")
@@ -528,37 +499,36 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | BertWordPieceTokenizer:
             tokenizer.no_truncation()
             tokenizer.no_padding()
         else:
-            # Each line is a word; blank ones at the end and a byte order mark ("sig") are none.
-            # By "\n" alone, since splitlines() takes some words for ends of lines.
+            # Each line is a word, but for blank ones at the end. (splitlines() would split at more
+            # signs; "sig" is a byte order mark.)
             words = path.read_text("utf-8-sig").rstrip().split("\n")
             ids = {word: n for n, word in enumerate(words)}
-            config = read_json(Path(folder, "config.json"))
             lowercase = config.get("do_lower_case", True)
             tokenizer = BertWordPieceTokenizer(ids, lowercase=lowercase)
 
-        # As in `transformers`, tokenizer_config.json has the last word where it says something.
-        bert = tokenizer.normalizer
-        if isinstance(bert, BertNormalizer):
-            bert.lowercase = options.get("do_lower_case", bert.lowercase)
-            bert.strip_accents = options.get("strip_accents", bert.strip_accents)
-            bert.handle_chinese_chars = options.get("tokenize_chinese_chars",
-                                                    bert.handle_chinese_chars)
-            tokenizer.normalizer = bert
+        # As in `transformers`, tokenizer_config.json has the last word.
+        norm = tokenizer.normalizer
+        if isinstance(norm, BertNormalizer):
+            norm.lowercase = options.get("do_lower_case", norm.lowercase)
+            norm.strip_accents = options.get("strip_accents", norm.strip_accents)
+            chinese = options.get("tokenize_chinese_chars", norm.handle_chinese_chars)
+            norm.handle_chinese_chars = chinese
+            tokenizer.normalizer = norm
 
-        # Added tokens: tokenizer.json has them too, vocab.txt may not.
-        needed = list(SPECIAL_TOKENS)
-        if Path(folder, "added_tokens.json").is_file():
-            needed.extend(read_json(Path(folder, "added_tokens.json")))
-        for token in options.get("added_tokens_decoder", {}).values():
-            needed.append(token["content"])
+        # vocab.txt may lack tokens that other files add, and the embeddings may be too few.
+        decoder = options.get("added_tokens_decoder", {})
+        added_words = [*added, *[token["content"] for token in decoder.values()]]
         ids = tokenizer.get_vocab()
-        missing = [word for word in needed if word not in ids]
+        missing = [word for word in [*SPECIAL_TOKENS, *added_words] if word not in ids]
         if missing:
             raise ValueError(f"{missing} are missing, special or added tokens")
-        # By the largest id: embeddings without a word are common.
         if max(ids.values()) >= vocab_size:
             raise ValueError(f"{len(ids)} words for {vocab_size} embeddings")
     return tokenizer
+
+
+def _optional_json(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
 
 
 def same_tokenizer(folder: str | Path, other: str | Path) -> bool:
@@ -566,7 +536,5 @@ def same_tokenizer(folder: str | Path, other: str | Path) -> bool:
     ours = json.loads(load_tokenizer(folder).to_str())
     theirs = json.loads(load_tokenizer(other).to_str())
     # What else is in a tokenizer.json does not act on these ids.
-    for part in ("added_tokens", "normalizer", "pre_tokenizer", "model"):
-        if ours[part] != theirs[part]:
-            return False
-    return True
+    parts = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+    return all(ours[part] == theirs[part] for part in parts)
