@@ -5,15 +5,14 @@
 A point is METHOD-BLOCK-λ, as in hybrid-32x32-80. All points start from one teacher, see the same
 questions in the same order, and are scored on the same dev questions. Each Hybrid is refilled too.
 Each step is a command of the project's: a sweep that was stopped goes on, and a step that is
-finished is skipped. The small files of a point are copied to results/sweep/ as soon as it ends.
+finished is skipped. At its end it writes results/sweep/results.json and f1.json.
 """
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from keep import ROOT, json, number_list, read
 
 POINTS = [
     # Chosen before any was run.
@@ -25,12 +24,9 @@ POINTS = [
     # For a density at which the authors' 1x1 empties heads.
     "unstructured-1x1-2400",
 ]
-OF_MODEL = ("results.json", "f1.json", "masks.json")
-OF_TRAINING = ("run.json", "log.jsonl")
-LARGEST = 1_000_000     # bytes of a file that is kept: the masks of single weights are larger
 
 
-def run(script: str, arguments: list) -> None:
+def run(script: str, *arguments) -> None:
     """Run a command of the project. Where it fails the sweep ends with its exit status."""
     words = [str(argument) for argument in arguments]
     print("\npython", script, " ".join(words), flush=True)
@@ -39,61 +35,41 @@ def run(script: str, arguments: list) -> None:
         sys.exit(status)        # it has said why; the same sweep goes on from here
 
 
-def copy_small(source: Path, folder: Path) -> None:
-    """Copy a file, if it is there and small."""
-    if source.exists() and source.stat().st_size <= LARGEST:
-        shutil.copy(source, folder / source.name)
-
-
-def keep(model: Path, trained: Path) -> None:
-    """Copy a model's small files to results/sweep/, and those of the run that trained it."""
-    folder = ROOT / "results" / "sweep" / model.name
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in OF_MODEL:
-        copy_small(model / name, folder)
-    for name in OF_TRAINING:
-        copy_small(trained / name, folder)
-
-
-def measure(data: str, teacher: Path, models: dict[Path, Path]) -> None:
-    """Time some models against the teacher, all in one process, and keep the small files of all.
-
-    models: the run that trained each, by the model's folder.
-    """
-    folders = [teacher]
-    folders.extend(models)
-    run("compact.py", ["--data", data, "--compare"] + folders)
-    keep(teacher, teacher)
-    for model, trained in models.items():
-        keep(model, trained)
-
-
 def sweep(a: argparse.Namespace) -> None:
-    common = ["--data", a.data, "--max-length", a.max_length, "--dev-questions", a.dev_questions]
+    common = ["--data", a.data, "--max-length", 256, "--dev-questions", 2000]
     teacher = a.runs / "teacher"
-    run("train_squad.py", common + ["--init", a.init, "--out", teacher,
-                                    "--questions", 2 * a.questions, "--epochs", 2])
+    run("train_squad.py", *common, "--init", a.init, "--out", teacher,
+        "--questions", 2 * a.questions, "--epochs", 2)
     distilled = common + ["--teacher", teacher, "--questions", a.questions]
-    everything = {}     # model folder → the run that trained it
+    models = [teacher]
     for point in a.points:
         method, block, weight = point.split("-")
         masked = a.runs / point
         small = a.runs / f"{point}-compact"
         filled = a.runs / f"{point}-filled"
-        run("train_squad.py", distilled + ["--init", teacher, "--method", method, "--block", block,
-                                           "--final-lambda", weight, "--out", masked])
-        run("compact.py", [masked, "--data", a.data, "--out", small])
-        of_point = {small: masked}
+        run("train_squad.py", *distilled, "--init", teacher, "--method", method, "--block", block,
+            "--final-lambda", weight, "--out", masked)
+        run("compact.py", masked, "--data", a.data, "--out", small)
+        models.append(small)
         if method == "hybrid":
-            run("train_squad.py", distilled + ["--init", small, "--fill", "--out", filled])
-            of_point[filled] = filled
-        everything.update(of_point)
-        measure(a.data, teacher, of_point)
-    # Once more, all in one go.
-    measure(a.data, teacher, everything)
+            run("train_squad.py", *distilled, "--init", small, "--fill", "--out", filled)
+            models.append(filled)
+    # All are timed in one process.
+    run("compact.py", "--data", a.data, "--compare", *models)
+
+    results = []
+    of_questions = []
+    for model in models:
+        found = json.dumps(read(model / "results.json"))
+        f1 = number_list(read(model / "f1.json").values())
+        results.append(f'"{model.name}": {found}')
+        of_questions.append(f'"{model.name}": {f1}')
+    for name, lines in (("results", results), ("f1", of_questions)):
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        (ROOT / f"results/sweep/{name}.json").write_text(text, encoding="utf-8")
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("points", nargs="*", default=POINTS)
@@ -102,10 +78,4 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/sweep", type=Path)
     parser.add_argument("--questions", default=4000, type=int,
                         help="of a point; the teacher sees twice as many")
-    parser.add_argument("--dev-questions", default=2000, type=int)
-    parser.add_argument("--max-length", default=256, type=int)
     sweep(parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()
