@@ -18,10 +18,13 @@ import time
 import numpy as np
 import torch
 
-from figures import HERE, PRUNED, results_of
-from moments import blockprune, load_model, ts
-from bert import BertConfig, BertForQuestionAnswering, load_tokenizer
-from compact import benchmark
+from figures import HERE, PRUNED, ROOT, results_of
+
+sys.path.insert(0, str(ROOT))
+import blockprune                                                               # noqa: E402
+import train_squad as ts                                                        # noqa: E402
+from bert import BertConfig, BertForQuestionAnswering, load_model, load_tokenizer   # noqa: E402
+from compact import benchmark                                                   # noqa: E402
 
 DEVICE = "cpu"
 if torch.cuda.is_available():

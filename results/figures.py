@@ -162,93 +162,54 @@ def speed(path: Path) -> str:
 # ---------------------------------------------------------------------------------------- the sweep
 
 
-def sweep() -> dict[str, list[dict]]:
-    """The sweep's points by method, in the order of λ.
-
-    A point is its results, with λ (weight) and each question's F1 (questions).
-    """
-    of_questions = read("sweep/f1.json")
-    points: dict[str, list[dict]] = {method: [] for method in pictures.COLOURS}
-    for name, point in read("sweep/results.json").items():
-        if name == "teacher":
-            continue
-        method, block, weight, kind = name.split("-")
-        title = f"{method.title()} {block}"
-        if method == "struct":
-            title = "Struct"
-        if kind == "filled":
-            title = "Hybrid Filled"
-        point["weight"] = weight
-        point["questions"] = np.array(of_questions[name])
-        points[title].append(point)
-    for of_method in points.values():
-        of_method.sort(key=lambda point: float(point["weight"]))
-    return points
+def method_of(point: str) -> str:
+    """The method of a point of the sweep, by the name of its model."""
+    method, block, _, kind = point.split("-")
+    if kind == "filled":
+        return "Hybrid Filled"
+    if method == "struct":
+        return "Struct"
+    return f"{method.title()} {block}"
 
 
 def sweep_table() -> str:
-    """One row for each point, the least pruned first."""
-    of_methods = {"dense": [read("sweep/results.json")["teacher"]]} | sweep()
+    """One row for each point."""
     rows = []
-    for title, points in of_methods.items():
-        for r in points:
-            rows.append([title, r.get("weight", "–"), f"{r['f1']:.2f}", f"{r['exact_match']:.2f}",
-                         percent(r["density"]), str(sum(r["heads"])), times(r["speedup"])])
+    for name, r in read("sweep/results.json").items():
+        title = "dense"
+        weight = "–"
+        if name != "teacher":
+            title = method_of(name)
+            weight = name.split("-")[2]
+        rows.append([title, weight, f"{r['f1']:.2f}", f"{r['exact_match']:.2f}",
+                     percent(r["density"]), str(sum(r["heads"])), times(r["speedup"])])
     return markdown(["method", "λ", "F1", "EM", "density", "heads", "speed"], rows)
 
 
-def at(points: list[dict], key: str, x: float) -> np.ndarray:
-    """Each question's F1 at `key` = x, on a line between the two points around it."""
-    points = sorted(points, key=lambda point: point[key])
-    known = [point[key] for point in points]
-    of_questions = np.stack([point["questions"] for point in points], axis=1)
-    return np.array([np.interp(x, known, f1) for f1 in of_questions])
-
-
-COMPARISONS = [     # the authors' result, first method, second method, what is equal
-    ("smaller blocks keep more F1 at equal density", "Unstructured 1x1", "Block 8x8", "density"),
-    ("", "Block 8x8", "Block 32x32", "density"),
-    ("", "Unstructured 1x1", "Block 32x32", "density"),
-    ("Hybrid beats Block at equal speed", "Hybrid 32x32", "Block 32x32", "speedup"),
+PAIRS = [       # the authors' result, a point that should have a higher F1, and than which
+    ("smaller blocks keep more F1 at equal density",
+     "unstructured-1x1-600-compact", "block-8x8-160-compact"),
+    ("", "block-8x8-160-compact", "block-32x32-80-compact"),
+    ("Hybrid beats Block at equal speed", "hybrid-32x32-200-compact", "block-32x32-160-compact"),
+    ("filling gains at equal speed", "hybrid-32x32-80-filled", "hybrid-32x32-80-compact"),
+    ("", "hybrid-32x32-200-filled", "hybrid-32x32-200-compact"),
 ]
 
 
 def verdicts() -> str:
-    """The shapes that the paper claims, held against the sweep."""
-    points = sweep()
+    """The paper's claims, held against pairs of points of the sweep."""
+    results = read("sweep/results.json")
+    of_questions = read("sweep/f1.json")
     rows = []
-    for claim, first, second, key in COMPARISONS:
-        # The middle of the range that the points of both span.
-        of_first = [point[key] for point in points[first]]
-        of_second = [point[key] for point in points[second]]
-        low = max(min(of_first), min(of_second))
-        high = min(max(of_first), max(of_second))
-        middle = (low + high) / 2
-        difference = at(points[first], key, middle) - at(points[second], key, middle)
-        rows.append(verdict(claim, f"{first} − {second}, {key} {middle:.2f}", difference))
-    unfilled = {point["weight"]: point["questions"] for point in points["Hybrid 32x32"]}
-    for point in points["Hybrid Filled"]:
-        difference = point["questions"] - unfilled[point["weight"]]
-        rows.append(verdict("filling gains at equal speed", f"λ {point['weight']}", difference))
-
-    emptied = []
-    for point in points["Unstructured 1x1"]:
-        gone = 72 - sum(point["heads"])
-        emptied.append(f"{gone} of 72 at {100 * point['density']:.0f} %")
-    rows.append(["even 1x1 empties some heads: 8 of 144 at 25 % density, 22 at 16 %",
-                 "; ".join(emptied), "–", "–"])
-    return markdown(["the authors' result", "compared here", "F1 (95 %)", "here"], rows)
-
-
-def verdict(claim: str, compared: str, difference: np.ndarray) -> list[str]:
-    """A row: is the difference of the sign that the authors have?"""
-    mean, low, high = interval(100 * difference)
-    order = "not told apart"
-    if low > 0:
-        order = "the same order"
-    if high < 0:
-        order = "the opposite order"
-    return [claim, compared, signed(mean, low, high), order]
+    for claim, better, worse in PAIRS:
+        row = [claim]
+        for name in (better, worse):
+            r = results[name]
+            row.append(f"{method_of(name)}: {percent(r['density'])}, {times(r['speedup'])}")
+        difference = np.array(of_questions[better]) - np.array(of_questions[worse])
+        row.append(signed(*interval(100 * difference)))
+        rows.append(row)
+    return markdown(["the authors' result", "F1 of this", "minus F1 of this", "F1 (95 %)"], rows)
 
 
 # ---------------------------------------------------------------------------------------- the pages
@@ -295,7 +256,6 @@ def drawings() -> dict[str, str]:
     """The pictures, by the names of their files."""
     # F1 against epochs, with the interval of what a model has over the control.
     lines = []
-    bars = []
     control = results_of(CONTROL)["f1"]
     for name, colour, rows in LINES:
         points = []
@@ -303,13 +263,14 @@ def drawings() -> dict[str, str]:
             points.append((epochs, results_of(folder)["f1"]))
             if folder != CONTROL:
                 _, low, high = gain(folder, CONTROL)
-                bars.append((colour, epochs, control + low, control + high))
-        lines.append((name, colour, points))
+                bar = [(epochs, control + low), (epochs, control + high)]
+                lines.append(("95 %", colour, bar, "line"))
+        lines.append((name, colour, points, "dots"))
     log = [json.loads(line) for line in (HERE / PRUNED / "log.jsonl").open(encoding="utf-8")]
     kept = 100 * results_of(f"{PRUNED}-compact")["density_masked"]
     title = "Fine-pruning of MiniLM, Hybrid 32x32"
     drawn = {
-        "epochs": pictures.epochs_picture(lines, bars),
+        "epochs": pictures.epochs_picture(lines),
         "curves": pictures.curves_picture(curve_groups()),
         "run": pictures.run_picture(log, f"{title}: {PRUNED}"),
         "masks": pictures.masks_picture(read(f"{PRUNED}-compact/masks.json"), 12,
@@ -332,10 +293,11 @@ def curve_groups() -> list[tuple]:
     for method, rows in paper["rows"].items():
         points = [(speedup, 100 * density, f1 - paper["dense"]) for _, f1, density, speedup in rows]
         groups.append((f"{method} (authors)", pictures.COLOURS[method], points, "hollow"))
-    dense = read("sweep/results.json")["teacher"]["f1"]
-    for method, of_method in sweep().items():
-        points = [point(r, dense) for r in of_method]
-        groups.append((method, pictures.COLOURS[method], points, "dots"))
+    points = read("sweep/results.json")
+    dense = points.pop("teacher")["f1"]
+    for method, colour in pictures.COLOURS.items():
+        of_method = [point(r, dense) for name, r in points.items() if method_of(name) == method]
+        groups.append((method, colour, of_method, "dots"))
     control = results_of(CONTROL)["f1"]
     first_table = [results_of(folder) for _, folder, _, _ in HEADLINE[2:]]
     points = [point(r, control) for r in first_table if "speedup" in r]

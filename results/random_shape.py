@@ -23,18 +23,24 @@ def random_shape(dense: BertForQuestionAnswering, shape: BertConfig,
     generator = torch.Generator().manual_seed(seed)
     D = dense.config.head_size
     for i, layer in enumerate(dense.bert.layers):
-        # A head or inner dimension whose columns are zero adds nothing, and compact() cuts it.
-        heads = torch.randperm(dense.config.heads[i], generator=generator)
-        for head in heads[shape.heads[i]:].tolist():
-            layer.attention.out.weight[:, head * D:(head + 1) * D] = 0
-        dimensions = torch.randperm(dense.config.ffn[i], generator=generator)
-        layer.ffn.fc2.weight[:, dimensions[shape.ffn[i]:]] = 0
+        # What adds nothing is cut by compact(): a head with zero columns in out,
+        order = torch.randperm(dense.config.heads[i], generator=generator)
+        gone = order[shape.heads[i]:]
+        for head in gone.tolist():
+            columns = slice(head * D, (head + 1) * D)
+            layer.attention.out.weight[:, columns] = 0
+        # and an inner dimension with a zero column in fc2.
+        order = torch.randperm(dense.config.ffn[i], generator=generator)
+        gone = order[shape.ffn[i]:]
+        layer.ffn.fc2.weight[:, gone] = 0
     return compact(dense)
 
 
 if __name__ == "__main__":
     dense_folder, compact_folder, out = sys.argv[1:4]
-    seed = int(sys.argv[4]) if len(sys.argv) > 4 else 17
+    seed = 17
+    if len(sys.argv) > 4:
+        seed = int(sys.argv[4])
     shape = load_model(compact_folder).config
     small = random_shape(load_model(dense_folder), shape, seed)
     save_model(small, out, tokenizer_from=dense_folder)

@@ -8,11 +8,12 @@ Each step is a command of the project's: a sweep that was stopped goes on, and a
 finished is skipped. At its end it writes results/sweep/results.json and f1.json.
 """
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from keep import ROOT, json, number_list, read
+from keep import ROOT, number_list, read
 
 POINTS = [
     # Chosen before any was run.
@@ -26,7 +27,7 @@ POINTS = [
 ]
 
 
-def run(script: str, *arguments) -> None:
+def run(script: str, arguments: list) -> None:
     """Run a command of the project. Where it fails the sweep ends with its exit status."""
     words = [str(argument) for argument in arguments]
     print("\npython", script, " ".join(words), flush=True)
@@ -38,8 +39,8 @@ def run(script: str, *arguments) -> None:
 def sweep(a: argparse.Namespace) -> None:
     common = ["--data", a.data, "--max-length", 256, "--dev-questions", 2000]
     teacher = a.runs / "teacher"
-    run("train_squad.py", *common, "--init", a.init, "--out", teacher,
-        "--questions", 2 * a.questions, "--epochs", 2)
+    run("train_squad.py", common + ["--init", a.init, "--out", teacher,
+                                    "--questions", 2 * a.questions, "--epochs", 2])
     distilled = common + ["--teacher", teacher, "--questions", a.questions]
     models = [teacher]
     for point in a.points:
@@ -47,15 +48,15 @@ def sweep(a: argparse.Namespace) -> None:
         masked = a.runs / point
         small = a.runs / f"{point}-compact"
         filled = a.runs / f"{point}-filled"
-        run("train_squad.py", *distilled, "--init", teacher, "--method", method, "--block", block,
-            "--final-lambda", weight, "--out", masked)
-        run("compact.py", masked, "--data", a.data, "--out", small)
+        run("train_squad.py", distilled + ["--init", teacher, "--out", masked, "--block", block,
+                                           "--method", method, "--final-lambda", weight])
+        run("compact.py", [masked, "--data", a.data, "--out", small])
         models.append(small)
         if method == "hybrid":
-            run("train_squad.py", *distilled, "--init", small, "--fill", "--out", filled)
+            run("train_squad.py", distilled + ["--init", small, "--fill", "--out", filled])
             models.append(filled)
     # All are timed in one process.
-    run("compact.py", "--data", a.data, "--compare", *models)
+    run("compact.py", ["--data", a.data, "--compare"] + models)
 
     results = []
     of_questions = []
