@@ -2,10 +2,12 @@
 
     python results/keep.py RUN results/NAME
 
-results.json and masks.json as they are, and of a training its run.json. f1.json becomes a list, in
-the order of the dev file. Of a fine-pruning also its log in about 200 lines, in results.json the
-heads that the authors' rule would leave, and in moments.json six moments of RUN-moments.
+results.json (with sizes, where they were not counted), masks.json, and of a training its run.json.
+f1.json becomes a list, in the order of the dev file. Of a fine-pruning also the log, in about 200
+lines; in results.json the heads that the authors' rule would leave; and in moments.json six moments
+of RUN-moments.
 """
+import dataclasses
 import json
 import math
 import shutil
@@ -16,6 +18,7 @@ import torch
 
 from moments import ROOT, six           # puts the four files on the path
 from bert import BertForQuestionAnswering, load_model
+from compact import counted, flops
 
 
 @torch.no_grad()
@@ -56,10 +59,16 @@ def four_digits(number: str) -> float:
 
 def keep(run: Path, kept: Path) -> None:
     kept.mkdir(parents=True, exist_ok=True)
-    masked = (run / "pruning.safetensors").exists()
+    model = load_model(run)
     results = read(run / "results.json")
+    # Sizes, of a model that compact.py --compare has not counted and timed.
+    if "flops_ratio" not in results:
+        dense = dataclasses.replace(model.config, heads=None, ffn=None)
+        results |= counted(model)
+        results["flops_ratio"] = flops(dense, 128) / flops(model.config, 128)
+    masked = (run / "pruning.safetensors").exists()
     if masked:
-        results["heads_authors_rule"] = heads_authors_rule(load_model(run))
+        results["heads_authors_rule"] = heads_authors_rule(model)
     (kept / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if (run / "f1.json").exists():
         text = number_list(read(run / "f1.json").values()) + "\n"
@@ -74,8 +83,8 @@ def keep(run: Path, kept: Path) -> None:
     # The log is thinned from its end, so that the last line stays.
     lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line, parse_float=four_digits) for line in lines]
-    step = math.ceil(len(log) / 200)
-    thinned = log[::-step][::-1]
+    every = math.ceil(len(log) / 200)
+    thinned = log[::-every][::-1]
     text = "".join(json.dumps(line) + "\n" for line in thinned)
     (kept / "log.jsonl").write_text(text, encoding="utf-8")
     moments = [read(path) for path in run.parent.glob(f"{run.name}-moments/*.json")]

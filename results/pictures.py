@@ -1,7 +1,7 @@
 """Draws the pictures of results/ as SVG text. figures.py writes them to files (make figure).
 
-x and y are pixels from the left and from the top: y grows downwards. A function draws from (0, 0) on
-and returns the text of what it draws; at() moves it to its place. A series of a chart is
+x and y are pixels from the left and from the top: y grows downwards. A function draws from (0, 0)
+on and returns the text of what it draws; at() moves it to its place. A series of a chart is
 (name, colour, points, style), with the styles
     "line"      a line alone
     "dots"      a line with a dot on each point
@@ -197,7 +197,7 @@ def matrix(rows: list[str], width: float, height: float) -> str:
     """A mask, kept blocks over a pruned background. rows: strings of 0 and 1, where 1 is kept."""
     path = ""
     for i, row in enumerate(rows):
-        # Kept blocks that are side by side are one thick line. A block is a unit wide and high.
+        # Kept blocks side by side are one thick line. A block is a unit wide and a unit high.
         for kept in re.finditer("1+", row):
             length = len(kept[0])
             path += f"M{kept.start()} {i}h{length}"

@@ -96,7 +96,7 @@ def test_a_run_is_kept_with_its_moments(run, tmp_path):
     results = keep.read(tmp_path / "results.json")
     f1 = keep.read(tmp_path / "f1.json")
     assert 25 * sum(f1) == pytest.approx(results["f1"], abs=0.01)
-    assert len(results["heads_authors_rule"]) == 2
+    assert len(results["heads_authors_rule"]) == len(results["heads"]) == 2
     six = keep.read(tmp_path / "moments.json")
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert [moment["step"] for moment in six] == [20] * 6 == [last["step"]] * 6
