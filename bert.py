@@ -236,7 +236,7 @@ def reading(path: str | Path):
 
 @contextlib.contextmanager
 def replacing(path: str | Path):
-    """What is written to the temporary path then replaces `path`, which so is always whole."""
+    """Yields a temporary path. What is written to it then replaces `path`, all of it or nothing."""
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
@@ -373,10 +373,10 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
     fresh_head: where training starts, the two tensors of the QA head may be missing. They stay as
         initialised, and what was loaded, ignored and left fresh is printed.
     """
+    path = _weights_path(folder)
     with reading(Path(folder, "config.json")):
         model = BertForQuestionAnswering(load_config(folder))
     tensors = hf_tensors(model)
-    path = _weights_path(folder)
     with reading(path):
         if path.suffix == ".safetensors":
             contents = read_safetensors(path)
@@ -431,7 +431,7 @@ def save_model(model: BertForQuestionAnswering, folder: str | Path,
     values = {"architectures": ["BertForQuestionAnswering"], "model_type": "bert"}
     values.update(dataclasses.asdict(model.config))
     values.update(extra)
-    # 3. The tokenizer, as it is, and nothing of another one. Some have the case in config.json.
+    # 3. The tokenizer files and no others; some folders say the case in config.json.
     if tokenizer_from is not None:
         source = read_json(Path(tokenizer_from, "config.json"))
         if "do_lower_case" in source:
@@ -499,8 +499,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | BertWordPieceTokenizer:
             tokenizer.no_truncation()
             tokenizer.no_padding()
         else:
-            # Each line is a word, but for blank ones at the end. (splitlines() would split at more
-            # signs; "sig" is a byte order mark.)
+            # Each line is a word, its number the id. Blank lines at the end and a byte order mark
+            # ("sig") are no words, and splitlines() would split some words.
             words = path.read_text("utf-8-sig").rstrip().split("\n")
             ids = {word: n for n, word in enumerate(words)}
             lowercase = config.get("do_lower_case", True)
@@ -521,7 +521,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | BertWordPieceTokenizer:
         ids = tokenizer.get_vocab()
         missing = [word for word in [*SPECIAL_TOKENS, *added_words] if word not in ids]
         if missing:
-            raise ValueError(f"{missing} are missing, special or added tokens")
+            raise ValueError(f"special or added tokens are missing: {missing}")
         if max(ids.values()) >= vocab_size:
             raise ValueError(f"{len(ids)} words for {vocab_size} embeddings")
     return tokenizer

@@ -299,7 +299,7 @@ def test_a_masked_model_saves_what_it_computes(tmp_path):
 
 
 def test_sha256_is_of_what_is_read(folder):
-    (folder / "vocab.txt").write_bytes(b"here")
+    (folder / "vocab.txt").write_bytes(b"at first")
     seen = {folder_sha256(folder)}
     (folder / "vocab.txt").rename(folder / "added_tokens.json")
     assert folder_sha256(folder) not in seen
@@ -428,7 +428,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, form):
 def test_added_tokens_must_be_in_the_vocabulary(tmp_path, name, key):
     folder = tokenizer_folder(tmp_path / "bert")
     write_json(folder / name, {key: {"17": {"content": "moon"}, "21": {"content": "sunmoon"}}})
-    with pytest.raises(ValueError, match=r"vocab.txt: \['sunmoon'\]"):
+    with pytest.raises(ValueError, match=r"vocab.txt: .*: \['sunmoon'\]"):
         load_tokenizer(folder)
 
 
