@@ -3,12 +3,10 @@
     python compact.py R/hybrid --data D --out R/hybrid-compact          compact, check, score
     python compact.py --compare R/teacher R/hybrid-compact R/filled     the table, with speed
 
-Attention heads and inner dimensions of the feed-forward layers go; the hidden size E stays. How
-they are cut is in blockprune.py, cut_heads() and cut_dimensions(). After Lagunas et al. 2021 (the
+Attention heads and inner dimensions of the feed-forward layers go; the hidden size stays. How they
+are cut is in blockprune.py, cut_heads() and cut_dimensions(). After Lagunas et al. 2021 (the
 authors' compile_model and optimize_model, huggingface/nn_pruning at 0cef2b2,
 nn_pruning/patch_coordinator.py and inference_model_patcher.py), but exact where they are not.
-
-    E hidden size   H heads   D head size   F width of a feed-forward layer   B batch   T tokens
 Comments: `# Differs:` marks a deviation from the authors, `# Note:` a remark of ours.
 """
 import argparse
@@ -16,7 +14,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import math
 import shlex
 import statistics
 import sys
@@ -35,21 +32,20 @@ from bert import (BertConfig, BertForQuestionAnswering, folder_sha256, hf_tensor
 
 @torch.no_grad()
 def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
-    """A smaller model with the same function: in eval mode, on inputs with at least one real token.
+    """A smaller model with the same function: in eval mode, on rows with at least one real token.
 
-    model: masked, baked, dense or compacted, of finite weights; it is left as it is. What adds
-    nothing or a constant is cut, and the constant goes into the bias that follows.
-    Differs: the reference drops the constants, and keeps at least one head and one dimension in
-    every layer.
+    A head goes if its rows of value or its columns of out are all 0, an inner dimension if its row
+    of fc1 or its column of fc2 is. What it adds is nothing or a constant, and the constant goes
+    into the bias that follows.
+    model: masked, baked, dense or compacted, of finite weights; it is left as it is.
+    Differs: the reference drops the constants, also cuts heads whose query or key is empty, and
+    keeps at least one head and one dimension in every layer.
     """
-    device = model.qa_outputs.weight.device
-    small = copy.deepcopy(model)
-    # Note: constants are folded in fp64, which an Apple GPU does not have.
-    if device.type == "mps":
-        small = small.cpu()
-    # From masks to zeros.
-    small = blockprune.bake(small)
-    # From zeros to smaller matrices, layer by layer. The cuts return what is left.
+    # Note: on the CPU, since an Apple GPU has no fp64, in which constants are folded.
+    small = copy.deepcopy(model).cpu()
+    # From masks to zeros: W becomes W ⊙ M(S).
+    blockprune.bake(small)
+    # From zeros to smaller matrices, layer by layer. The cuts return the indices of what is left.
     for layer in small.bert.layers:
         attention, ffn = layer.attention, layer.ffn
         heads = blockprune.cut_heads(attention.query, attention.key, attention.value,
@@ -62,13 +58,13 @@ def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
         model.config,
         heads=[layer.attention.heads for layer in small.bert.layers],
         ffn=[layer.ffn.width for layer in small.bert.layers])
-    return small.to(device)
+    return small.to(model.qa_outputs.weight.device)
 
 
 # ==================================================================================================
 # A reader of the paper may stop here. What follows checks, counts, times and draws the result.
 # ==================================================================================================
-# ----------------------------------------------------------------------------- the check on real text
+# ---------------------------------------------------------------------------- the check on real text
 
 
 @torch.no_grad()
@@ -76,7 +72,7 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, feat
           config: ts.Config) -> tuple[int, float, float]:
     """Compare both models in fp32 on up to 1,024 random windows.
 
-    The largest |Δ logit| at a real token may be 1e-5 · max(1, max |logit|). Where the best span is
+    Every |Δ logit| at a real token must be under 1e-5 · max(1, max |logit|). Where the best span is
     another one, the first model must score the two spans within twice that.
     Returns the number of windows, the largest |Δ logit|, and what is allowed. Raises ValueError if
     the models differ by more.
@@ -85,12 +81,13 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, feat
     windows = torch.randperm(len(features), generator=generator)[:1024].numpy()
     worst = torch.zeros(())
     largest = 1.0
-    gaps = []       # where the best span is another one: how much worse it is, by the first model
+    widest_gap = 0.0
     for begin in range(0, len(windows), 32):
         batch = features.batch(windows[begin:begin + 32], config.device)
         inputs = batch["ids"], batch["types"], batch["real"]
         with full_fp32():
-            logits = torch.stack(model(*inputs))                    # (2, B, T): start, end
+            # Start and end logits of each row's tokens, (2, B, T).
+            logits = torch.stack(model(*inputs))
             small_logits = torch.stack(small(*inputs))
         # Logits at padding mean nothing.
         logits = logits.masked_fill(~batch["real"], 0)
@@ -104,17 +101,15 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, feat
         span_score, i, j = ts.best_spans(*logits, batch["context"], config.max_answer)
         _, small_i, small_j = ts.best_spans(*small_logits, batch["context"], config.max_answer)
         row = torch.arange(len(i), device=i.device)
-        gap = span_score - logits[0, row, small_i] - logits[1, row, small_j]        # (B,)
-        moved = (i != small_i) | (j != small_j)
-        gaps += gap[moved].tolist()
+        small_span_score = logits[0, row, small_i] + logits[1, row, small_j]        # (B,)
+        widest_gap = max(widest_gap, (span_score - small_span_score).max().item())
 
-    # A logit of NaN or infinity never agrees.
     allowed = 1e-5 * largest
-    logits_agree = worst.item() <= allowed and math.isfinite(allowed)
-    spans_agree = all(gap <= 2 * allowed for gap in gaps)
-    if not (logits_agree and spans_agree):
-        raise ValueError(f"the compacted model differs: |Δ logit| {worst:.2e}, allowed is "
-                         f"{allowed:.2e}; {len(gaps)} other spans. No model was written")
+    # With <, neither a NaN nor infinity ever agrees.
+    if not (worst < allowed and widest_gap <= 2 * allowed):
+        raise ValueError(f"the compacted model differs: |Δ logit| is {worst:.2e} and best spans are "
+                         f"{widest_gap:.2e} apart, where {allowed:.2e} and twice that are allowed. "
+                         "No model was written")
     return len(windows), worst.item(), allowed
 
 
@@ -134,14 +129,7 @@ def full_fp32():
 
 @torch.no_grad()
 def count_parameters(model: BertForQuestionAnswering) -> dict[str, int]:
-    """Sizes of a model, masks folded in. "linear" are the encoder's matrices.
-
-    linear: their elements.
-    linear_nonzero: those that are not 0.
-    linear_dense: their elements in the dense model of the same configuration.
-    encoder, total: all parameters, biases and norms too.
-    bytes: those of `total` in fp32.
-    """
+    """Sizes of a model, masks folded in. "linear" are the encoder's matrices."""
     tensors = hf_tensors(model)     # W ⊙ M(S) where there are masks
     # The matrices are query, key, value, out, fc1 and fc2 of every layer.
     encoder = [tensor for name, tensor in tensors.items() if name.startswith("encoder.")]
@@ -149,6 +137,7 @@ def count_parameters(model: BertForQuestionAnswering) -> dict[str, int]:
     # Before pruning a layer has four matrices of E × E, and two of E × F.
     c = model.config
     dense_layer = (4 * c.hidden_size + 2 * c.intermediate_size) * c.hidden_size
+    # Biases and norms count too, but for "linear".
     total = sum(tensor.numel() for tensor in tensors.values())
     return {
         "linear": sum(tensor.numel() for tensor in matrices),
@@ -156,24 +145,18 @@ def count_parameters(model: BertForQuestionAnswering) -> dict[str, int]:
         "linear_dense": c.num_hidden_layers * dense_layer,
         "encoder": sum(tensor.numel() for tensor in encoder),
         "total": total,
-        "bytes": 4 * total,
+        "bytes": 4 * total,     # in fp32
     }
 
 
 def size_of(model: BertForQuestionAnswering) -> dict:
-    """What results.json has about a model's size.
-
-    density: non-zero / dense linear weights; a weight that a mask keeps may still be zero.
-    heads, ffn: how many of each compaction leaves per layer.
-    """
+    """What results.json has about a model's size."""
     parameters = count_parameters(model)
+    # Note: a weight that a mask keeps may still be zero, so this can be less than what masks keep.
+    density = parameters["linear_nonzero"] / parameters["linear_dense"]
+    # How many heads and dimensions compaction leaves in each layer.
     small = compact(model).config
-    return {
-        "parameters": parameters,
-        "density": parameters["linear_nonzero"] / parameters["linear_dense"],
-        "heads": small.heads,
-        "ffn": small.ffn,
-    }
+    return dict(parameters=parameters, density=density, heads=small.heads, ffn=small.ffn)
 
 
 def flops(config: BertConfig, length: int) -> int:
@@ -238,23 +221,27 @@ def draw(config: BertConfig) -> str:
     return "\n".join(lines)
 
 
-@torch.no_grad()
-def write_masks(model: BertForQuestionAnswering, path: Path) -> None:
-    """Write masks.json: by layer and matrix, each row of the grid of blocks as a string of 0 and 1.
-
-    The file has a line per matrix.
-    """
-    layers = []
+def mask_rows(model: BertForQuestionAnswering) -> dict[int, dict[str, list[str]]]:
+    """The masks, by layer and matrix: each row of the grid of blocks as a string of 0 and 1."""
+    layers = {}
     for i, layer in enumerate(model.bert.layers):
-        matrices = []
-        for part in (layer.attention, layer.ffn):
-            for name, linear in part.named_children():
-                if not isinstance(linear, torch.nn.Linear) or not hasattr(linear, "parametrizations"):
-                    continue
-                grid = linear.parametrizations.weight[0].block_mask().int().tolist()
-                rows = ["".join(map(str, row)) for row in grid]
-                matrices.append(f'  "{name}": {json.dumps(rows)}')
-        layers.append(f' "{i}": {{\n' + ",\n".join(matrices) + "\n }")
+        matrices = {}
+        for name, module in layer.named_modules():
+            if isinstance(module, blockprune.BlockMask):
+                # The name is, for example, attention.query.parametrizations.weight.0.
+                matrix = name.split(".")[1]
+                grid = module.block_mask().int().tolist()
+                matrices[matrix] = ["".join(map(str, row)) for row in grid]
+        layers[i] = matrices
+    return layers
+
+
+def write_masks(model: BertForQuestionAnswering, path: Path) -> None:
+    """Write mask_rows() as masks.json, with a line per matrix."""
+    layers = []
+    for i, matrices in mask_rows(model).items():
+        lines = [f'  "{name}": {json.dumps(rows)}' for name, rows in matrices.items()]
+        layers.append(f' "{i}": {{\n' + ",\n".join(lines) + "\n }")
     with replacing(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(layers) + "\n}\n", encoding="utf-8")
 
@@ -262,11 +249,11 @@ def write_masks(model: BertForQuestionAnswering, path: Path) -> None:
 # ------------------------------------------------------------------------------------ command line
 
 
-def run(folder: Path, config: ts.Config, command: str) -> None:
-    """Compact a model folder into config.out: checked on real text, then scored as it is on disk."""
+def run(arguments: argparse.Namespace, command: str) -> None:
+    """Compact a model folder into another: checked on real text, then scored as it is on disk."""
     began = time.monotonic()
-    out = Path(config.out)
-    config = ts.fill_in(config)
+    folder, out = arguments.folder, arguments.out
+    config = ts.fill_in(settings_of(arguments))
     dev = ts.read_squad(config.data, ts.file_name("dev", config.v2), config.dev_questions)
     features = ts.Features(dev, load_tokenizer(folder), config, training=False)
     masked = ts.load_pruning(folder).eval().to(config.device)
@@ -295,22 +282,17 @@ def run(folder: Path, config: ts.Config, command: str) -> None:
           f"of a logit over {windows} windows in fp32 is {difference:.1e}, {allowed:.1e} is allowed")
 
 
-def settings_of(folder: Path, arguments: argparse.Namespace) -> ts.Config:
-    """The settings of the run in a folder, but for what is scored, and where."""
-    config = ts.read_run(folder)
+def settings_of(arguments: argparse.Namespace) -> ts.Config:
+    """The settings of the run in the folder, but for what is scored, and where."""
+    config = ts.read_run(arguments.folder)
     if config is None:
         config = ts.Config()        # any BERT folder: somebody else's fine-tuned model, for example
     else:
-        finished_results(folder)
-    config.out = str(arguments.out)
-    config.device = arguments.device
-    if arguments.data:
-        config.data = arguments.data
-    if arguments.v2:
-        config.v2 = True
-    if arguments.dev_questions is not None:
-        config.dev_questions = arguments.dev_questions
-    return config
+        finished_results(arguments.folder)
+    return dataclasses.replace(config, out=str(arguments.out), device=arguments.device,
+                               data=arguments.data or config.data,
+                               v2=arguments.v2 or config.v2,
+                               dev_questions=arguments.dev_questions or config.dev_questions)
 
 
 def finished_results(folder: Path) -> dict:
@@ -322,28 +304,31 @@ def finished_results(folder: Path) -> dict:
     return results
 
 
-def compare(folders: list[Path], data: str, batch: int, length: int, device: str | None) -> None:
+def compare(arguments: argparse.Namespace) -> None:
     """Print the table of some run folders. Speed is relative to the first, in one go, in fp32.
 
     What is counted and timed goes into each results.json, and the table into summary.json beside
-    the first folder. ValueError if they were not all scored on the same dev questions (those in the
-    folder `data`, if it is given).
+    the first folder. ValueError if they were not all scored on the same dev questions, those in the
+    folder of --data if it is given.
     """
-    # All of them were scored on the same questions, or there is no table.
+    folders = arguments.compare
     rows = [finished_results(folder) for folder in folders]
-    dev_sets = {(row["data"]["sha256"]["dev"], row["data"]["dev_questions"]) for row in rows}
-    if data:
+    # Dev questions are the first so many of a file's seeded shuffle.
+    dev_files = {row["data"]["sha256"]["dev"] for row in rows}
+    numbers = {row["data"]["dev_questions"] for row in rows}
+    if arguments.data:
         name = ts.file_name("dev", rows[0]["data"]["v2"])
-        dev_sets.add((ts.read_squad(data, name).sha256, rows[0]["data"]["dev_questions"]))
-    if len(dev_sets) > 1:
+        dev_files.add(ts.read_squad(arguments.data, name).sha256)
+    if len(dev_files) > 1 or len(numbers) > 1:
         raise ValueError("the models were not scored on the same dev questions")
 
     # One number per model: the median is not moved by a pass that the machine interrupted.
     models = [load_model(folder) for folder in folders]
-    device = ts.pick_device(device)
-    threads = torch.get_num_threads()
+    batch, length = arguments.batch, arguments.length
+    device = ts.pick_device(arguments.device)
     passes = benchmark(models, batch, length, device=device)
     times = [statistics.median(own_times) for own_times in passes]
+    threads = torch.get_num_threads()
 
     print(f"\n{'model':16} {'EM':>6} {'F1':>6} {'linear':>8} {'density':>8} {'total':>8} "
           f"{'heads':>7} {'FLOPs':>7} {'ms':>7} {'speed':>6}")
@@ -373,14 +358,6 @@ def table_line(name: str, results: dict, all_heads: int) -> str:
             f"{results['latency_ms']:7.1f} {results['speedup']:5.2f}x")
 
 
-def work(arguments: argparse.Namespace, command: str) -> None:
-    if arguments.compare:
-        compare(arguments.compare, arguments.data, arguments.batch, arguments.length,
-                arguments.device)
-    else:
-        run(arguments.folder, settings_of(arguments.folder, arguments), command)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status, as that of train_squad.py."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -400,9 +377,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
     arguments = parser.parse_args(argv)
-    if not arguments.compare and not (arguments.folder and arguments.out):
+    if arguments.compare:
+        return ts.exit_status(compare, arguments)
+    if not (arguments.folder and arguments.out):
         parser.error("a model folder and --out are needed, or --compare")
-    return ts.exit_status(work, arguments, shlex.join(["python", "compact.py", *argv]))
+    return ts.exit_status(run, arguments, shlex.join(["python", "compact.py", *argv]))
 
 
 if __name__ == "__main__":
