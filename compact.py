@@ -64,7 +64,7 @@ def compact(model: BertForQuestionAnswering) -> BertForQuestionAnswering:
 # ==================================================================================================
 # A reader of the paper may stop here. What follows checks, counts, times and draws the result.
 # ==================================================================================================
-# ---------------------------------------------------------------------------- the check on real text
+# --------------------------------------------------------------------------- the check on real text
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, feat
           config: ts.Config) -> tuple[int, float, float]:
     """Compare both models in fp32 on up to 1,024 random windows.
 
-    Every |Δ logit| at a real token must be under 1e-5 · max(1, max |logit|). Where the best span is
+    Every |Δ logit| at a real token must be under 1e-5 · max(1, max |logit|). If the best span is
     another one, the first model must score the two spans within twice that.
     Returns the number of windows, the largest |Δ logit|, and what is allowed. Raises ValueError if
     the models differ by more.
@@ -107,9 +107,9 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, feat
     allowed = 1e-5 * largest
     # With <, neither a NaN nor infinity ever agrees.
     if not (worst < allowed and widest_gap <= 2 * allowed):
-        raise ValueError(f"the compacted model differs: |Δ logit| is {worst:.2e} and best spans are "
-                         f"{widest_gap:.2e} apart, where {allowed:.2e} and twice that are allowed. "
-                         "No model was written")
+        raise ValueError(f"the compacted model differs: |Δ logit| is {worst:.2e} and best spans "
+                         f"are {widest_gap:.2e} apart, where {allowed:.2e} and twice that are "
+                         "allowed. No model was written")
     return len(windows), worst.item(), allowed
 
 
@@ -278,8 +278,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
                          allowed_logit_difference=allowed, command=command,
                          seconds=time.monotonic() - began)
     print(draw(small.config))
-    print(f"{out}: F1 {before['f1']:.2f} masked, {after['f1']:.2f} compact; the largest difference "
-          f"of a logit over {windows} windows in fp32 is {difference:.1e}, {allowed:.1e} is allowed")
+    print(f"{out}: F1 {before['f1']:.2f} masked, {after['f1']:.2f} compact; the largest "
+          f"difference of a logit over {windows} windows in fp32 is {difference:.1e}, "
+          f"{allowed:.1e} is allowed")
 
 
 def settings_of(arguments: argparse.Namespace) -> ts.Config:
@@ -299,8 +300,8 @@ def finished_results(folder: Path) -> dict:
     """The results.json of a folder; ValueError if there is none that belongs to its weights."""
     results = ts.read_results(folder)
     if results is None:
-        raise ValueError(f"{folder}: no results.json that belongs to its weights. Rerun the command "
-                         "that made this folder")
+        raise ValueError(f"{folder}: no results.json that belongs to its weights. Rerun the "
+                         "command that made this folder")
     return results
 
 
