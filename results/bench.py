@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--init", default="weights/minilm", help="model folder to start from")
     parser.add_argument("--memory", help="print the memory of this method: how it calls itself")
     a = parser.parse_args()
-    config = ts.settle(ts.Config(data=a.data, init=a.init, device=DEVICE, attention_dropout=0.0))
+    config = ts.fill_in(ts.Config(data=a.data, init=a.init, device=DEVICE, attention_dropout=0.0))
     squad = ts.read_squad(config.data, "train-v1.1.json", 800)
     features = ts.Features(squad, load_tokenizer(a.init), config, training=True)
     if a.memory:
@@ -169,7 +169,7 @@ def main() -> None:
     rows.append(row(what, "ms", *take_turns(works, TURNS)))
     for dropout in (0.1, 0.0):
         rows.append(training_row(config, features, dropout))
-    machine = ts.surroundings(DEVICE)
+    machine = ts.environment(DEVICE)
     found = {"rows": rows, "device": machine["processor"], "threads": machine["threads"],
              "torch": machine["torch"], "data": a.data,
              "command": " ".join(["python", "results/bench.py", *sys.argv[1:]])}

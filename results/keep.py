@@ -18,7 +18,7 @@ import torch
 
 from moments import ROOT, six           # puts the four files on the path
 from bert import BertForQuestionAnswering, load_model
-from compact import counted, flops
+from compact import flops, size_of
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def keep(run: Path, kept: Path) -> None:
     # Sizes, of a model that compact.py --compare has not counted and timed.
     if "flops_ratio" not in results:
         dense = dataclasses.replace(model.config, heads=None, ffn=None)
-        results |= counted(model)
+        results |= size_of(model)
         results["flops_ratio"] = flops(dense, 128) / flops(model.config, 128)
     masked = (run / "pruning.safetensors").exists()
     if masked:
