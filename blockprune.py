@@ -35,13 +35,12 @@ learned number, its score. Hybrid pruning of a transformer adds to fine-tuning w
     M(S) the mask: on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉), or repeated to the weight's R × C
     H    heads of size D     E  hidden size      F    inner dimensions of a feed-forward layer
 
-"Paper:" is the authors' method, "Note:" our remark, "Differs:" where we deviate, "Source:" where to
-look it up. All checks come before the first change: after a ValueError the model is as it was. Left
-out, since the paper's final models do not use them: top-k, L0 and magnitude masks.
+"Paper:" is the authors' method, "Note:" our remark, "Differs:" where we deviate. All checks come
+before the first change: after a ValueError the model is as it was. Left out, since the paper's
+final models do not use them: top-k, L0 and magnitude masks.
 """
 import math
 import warnings
-from collections import Counter
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
@@ -91,11 +90,11 @@ class BlockMask(nn.Module):
     block: (r, c). Blocks at the edge of the matrix may be smaller. Differs: the reference asserts
         exact division, and by default keeps at least 0.5 % of the blocks; here all may go.
     share: a mask of the same kind whose scores this one uses too. Their grids are equal, or both
-        are lines of as many blocks: (H, 1) and (1, H).
+        are one row or column of as many blocks: (H, 1) and (1, H).
     kind: the group that penalty() and density() count this weight in.
 
-    `mask.owner.scores` are the scores, of the owner's grid. A mask that shares has none itself; any
-    other is its own owner. Scores and τ stay fp32 in a model of fp16 or bf16.
+    The scores are `mask.owner.scores`, a parameter with the owner's grid. A mask that shares has no
+    scores itself; any other is its own owner. Scores and τ stay fp32 in a model of fp16 or bf16.
     """
 
     def __init__(self, shape: Sequence[int], block: Sequence[int],
@@ -167,8 +166,7 @@ class BlockMask(nn.Module):
 class BiasMask(nn.Module):
     """The mask of a bias: an output that has no weight left loses its bias too, and so is 0.
 
-    output_dim: the dimension of the weight that holds the outputs. Paper: no gradient goes from the
-    bias to the scores ([R:modules/masked_nn.py], bias_mask).
+    output_dim: the dimension of the weight that holds the outputs.
     """
 
     def __init__(self, mask: BlockMask, output_dim: int):
@@ -177,13 +175,10 @@ class BiasMask(nn.Module):
         self.output_dim = output_dim
 
     def forward(self, bias: Tensor) -> Tensor:
-        outputs_per_block = self.mask.block[self.output_dim]
-        # In this row of blocks, is any block left? (Shapes are those of output_dim 0.)
-        alive = self.mask.block_mask().detach()                 # (⌈R/r⌉, ⌈C/c⌉)
-        alive = alive.amax(dim=1 - self.output_dim)             # (⌈R/r⌉,)
-        # The same for each output of the row.
-        alive = alive.repeat_interleave(outputs_per_block)
-        alive = alive[:len(bias)]                               # (R,)
+        # Has an output any weight left? (Shapes are those of output_dim 0; (1,) stands for all.)
+        # Paper: no gradient goes from the bias to the scores ([R:modules/masked_nn.py], bias_mask).
+        mask = self.mask.weight_mask().detach()             # (R, C)
+        alive = mask.amax(dim=1 - self.output_dim)          # (R,)
         return bias * alive.to(bias.dtype)
 
 
@@ -198,11 +193,10 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
     From here on `module.weight` is W ⊙ M(S), and W is at `module.parametrizations.weight.original`.
     Any module will do that reads its weight as an attribute: nn.Linear, nn.MultiheadAttention.
 
-    block: (r, c), a tile of the weight as it is stored.
+    block, share, kind: see BlockMask. A block is a tile of the weight as it is stored.
     weight, bias: the names of the two parameters; bias="" leaves the bias without a mask.
     output_dim: the dimension of the weight that holds the outputs, 1 where weights are (in, out),
         as in GPT-2. The length of the bias tells it, unless the weight is square.
-    share, kind: see BlockMask.
     """
     output_dim = _check_maskable(module, weight, bias, output_dim)
     W = getattr(module, weight)
@@ -221,9 +215,8 @@ def mask_dimensions(fc1: nn.Module, fc2: nn.Module, *, gate: Optional[nn.Module]
     Paper: the feed-forward layers of Hybrid ([R:modules/masked_nn.py], 1d_alt). The gradient of a
     score is the sum over all that it masks: row j of dL/dW₁′ ⊙ W₁ and column j of dL/dW₂′ ⊙ W₂.
 
-    fc1, fc2: nn.Linear, or convolutions of (out, in, kh, kw).
-    gate: of a layer fc2(act(gate(x)) · fc1(x)), as in LLaMA: its row j has the same score.
-    Returns the mask of fc1, which owns the scores, (F, 1).
+    fc1, fc2: linears or convolutions. gate: of a layer fc2(act(gate(x)) · fc1(x)), as in LLaMA; its
+    row j has the same score. Returns the mask of fc1, which owns the scores, (F, 1).
     """
     gates = [] if gate is None else [gate]
     _check_layers([fc1] + gates, fc2, OUT_IN)
@@ -259,16 +252,15 @@ def threshold_schedule(step: int, total: int, flat_start: float, flat_end: float
         progress = (t − flat_start) / (total − flat_start − flat_end), clipped to 0 … 1
         τ(t) = final + (initial − final) · (1 − progress)³
 
-    58, 88 and 98 % of the rise are done after a quarter, half and three quarters of its steps.
-    flat_start, flat_end: for how many of the `total` steps τ is flat at either end; in the paper,
-    multiples of the learning rate's warm-up. λ follows τ, as λ(t) = λ · τ(t) / final.
-    Source: Sanh et al. 2020, eq. (5); [R:patch_coordinator.py], schedule_threshold. Differs: with
-    no steps left for the rise, the reference jumps to the final τ, or never leaves the initial one.
+    (Sanh et al. 2020, eq. (5); [R:patch_coordinator.py], schedule_threshold.) λ follows τ, as
+    λ(t) = λ · τ(t) / final. flat_start, flat_end: for how many of the `total` steps τ is flat at
+    either end; in the paper, multiples of the learning rate's warm-up. Differs: with no steps left
+    for the rise, the reference jumps to the final τ, or never leaves the initial one.
     """
     rising = total - flat_start - flat_end
     if rising <= 1:         # a rise of one step would be a jump
-        raise ValueError(f"no step is left for τ to rise: of {total}, the first {flat_start} and "
-                         f"the last {flat_end} are flat; train longer, or with a shorter warm-up")
+        raise ValueError(f"no step is left for τ to rise: of {total} steps the first {flat_start} "
+                         f"and the last {flat_end} are flat")
     progress = (step - flat_start) / rising
     progress = min(1, max(0, progress))
     return final + (initial - final) * (1 - progress) ** 3
@@ -286,12 +278,11 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
         of a kind   1/N Σ over its N owners of mean σ(S)
         penalty     1/K Σ over the K kinds of λ_kind · that
 
-    Three means, one in the other: a large matrix weighs no more than a small one. The push on one
-    score is λ · λ_kind · σ′(S) / (K · N · number of its owner's scores), so λ must be found anew
-    for each model. The push fades with σ′ as S falls: a low score does not sink for ever, and its
-    block can come back.
+    ([R:patch_coordinator.py], regularization_loss; σ is in [R:modules/masked_nn.py].) Three means,
+    one in the other: a large matrix weighs no more than a small one. The push on one score is
+    λ · λ_kind · σ′(S) / (K · N · number of its owner's scores): λ must be found anew for each
+    model. It fades with σ′ as S falls, so a low score does not sink for ever.
     weights: λ_kind by kind, 1 where not given. If all are 1 the penalty starts at 0.5.
-    Source: [R:patch_coordinator.py], regularization_loss; σ is in [R:modules/masked_nn.py].
     """
     owners_by_kind: Dict[str, List[BlockMask]] = {}
     for owner in _owners(model):
@@ -303,6 +294,7 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
         if kind not in owners_by_kind:
             raise ValueError(f"no mask is of the kind {kind!r}: there are {sorted(owners_by_kind)}")
 
+    # λ_kind · the mean of a kind; and the mean of these.
     total = 0.0
     for kind, owners in owners_by_kind.items():
         # The mean over a kind's owners, each of which is a mean over its blocks.
@@ -320,25 +312,23 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
     Note: scores must not decay toward 0, that is toward being kept. So their weight_decay of 0 is
     written out: AdamW's default is 0.01. score_lr: None trains the weights alone.
     """
+    matrices = {"params": [], "lr": lr, "weight_decay": weight_decay}
+    vectors = {"params": [], "lr": lr, "weight_decay": 0.0}
+    scores = {"params": [], "lr": score_lr, "weight_decay": 0.0}
     ids_of_scores = {id(owner.scores) for owner in _owners(model)}
-    scores = []
-    matrices = []
-    vectors = []
     for parameter in model.parameters():
-        if not parameter.requires_grad:     # what is frozen stays frozen
-            continue
         if id(parameter) in ids_of_scores:
-            scores.append(parameter)
+            group = scores
         elif parameter.dim() > 1:
-            matrices.append(parameter)
+            group = matrices
         else:
-            vectors.append(parameter)
-    groups = [
-        {"params": matrices, "lr": lr, "weight_decay": weight_decay},
-        {"params": vectors, "lr": lr, "weight_decay": 0.0},
-    ]
+            group = vectors
+        # What is frozen stays frozen.
+        if parameter.requires_grad:
+            group["params"].append(parameter)
+    groups = [matrices, vectors]
     if score_lr is not None:
-        groups.append({"params": scores, "lr": score_lr, "weight_decay": 0.0})
+        groups.append(scores)
     return [group for group in groups if group["params"]]
 
 
@@ -367,14 +357,13 @@ def density(model: nn.Module) -> Dict[str, float]:
 def bake(model: nn.Module) -> nn.Module:
     """Fold every mask into its weight, in place: W becomes W ⊙ M(S), scores and masks are gone.
 
-    The model computes the same function, in plain modules. Weights are the same parameters as
-    before, for the optimiser too. But training on lets zeros grow back at once, by momentum alone:
-    cut first, or keep the masks and freeze the scores. Under DDP wrap the model again.
-    Returns the model. Warns where nothing is pruned.
+    The model computes the same function, in plain modules, and an optimiser goes on with the same
+    parameters. But then zeros grow back at once, by momentum alone: cut before training on, or keep
+    the masks and freeze the scores. Under DDP wrap the model again. Warns where nothing is pruned.
     """
     for module in _check_bakeable(model):
-        # 1. The values as the module sees them, W ⊙ M(S) and the masked bias, go into W and b.
-        #    A tied weight may come here twice: M is 0 or 1, so the second time changes nothing.
+        # 1. What the module sees, W ⊙ M(S) and the masked bias, goes into W and b themselves. A
+        #    tied weight may come here twice: M is 0 or 1, so the second time changes nothing.
         originals = {}
         for name, chain in module.parametrizations.items():
             chain.original.copy_(getattr(module, name))
@@ -401,13 +390,13 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
         rows of `value` all 0      its values are bᵥ at every token. Attention weights sum to 1, so
                                    the head's output is bᵥ too: it adds out[:, head] · bᵥ[head]
 
-    The constant goes into the bias of `out`, in fp64. Weights do not sum to 1 with dropout of
-    attention or with sinks, nor in rows where every key is masked; output gates and relative values
-    change bᵥ as well. There it is not exact. Grouped-query attention cannot be cut here.
+    The constant goes into the bias of `out`. That is not exact where attention weights do not sum
+    to 1 (dropout of attention, sinks, rows with every key masked), or where more than V is summed
+    or scaled (relative values, output gates). It is not for grouped-query attention.
     What else there is per head, such as ALiBi's slopes or Swin's table, has to be cut alike, and an
     optimiser made anew: weights and biases are new parameters.
     Differs: the reference removes a head as soon as query, key or value is empty. With an empty
-    query (its bias is 0 too) or key the head still adds the mean of V: here it stays.
+    query or key the head still adds the mean of V: here it stays.
     """
     _check_layers([query, key, value], out, nn.Linear)
     H = value.out_features // head_size
@@ -417,7 +406,7 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
     kept_by_value = (rows_of_head != 0).any(dim=1)                          # (H,)
     kept_by_out = (columns_of_head != 0).any(dim=2).any(dim=0)              # (H,)
     kept = kept_by_value & kept_by_out
-    # What goes are rows and columns. Where it adds anything its values are bᵥ.
+    # The rows and columns of the others go. What `out` reads there is bᵥ, or does not matter.
     kept_rows = kept.repeat_interleave(head_size)                           # (H · D,)
     _remove([query, key, value], out, kept_rows, constant=_bias_or_zeros(value))
     return kept.nonzero().flatten().tolist()
@@ -433,8 +422,7 @@ def cut_dimensions(fc1: nn.Linear, fc2: nn.Linear, act: Callable[[Tensor], Tenso
         column j of fc2 all 0      the dimension adds nothing
         row j of fc1 all 0         its activation is act(b₁[j]): it adds act(b₁[j]) · fc2[:, j]
 
-    gate: (F, in) of a layer fc2(act(gate(x)) · fc1(x)), whose product then has to be a constant.
-    The constant goes into the bias of fc2, in fp64; where fc2 had none, it gets one.
+    gate: of a layer fc2(act(gate(x)) · fc1(x)), where this product has to be a constant.
     """
     gates = [] if gate is None else [gate]
     _check_layers([fc1] + gates, fc2, nn.Linear)
@@ -465,10 +453,8 @@ def _bias_or_zeros(linear: nn.Linear) -> Tensor:
 
 
 def _remove(before: Sequence[nn.Linear], after: nn.Linear, kept: Tensor, constant: Tensor) -> None:
-    """Remove the dimensions between `before` and `after` where `kept` is false.
-
-    constant: what `after` reads there, whatever the input is. Its bias takes it over.
-    """
+    """Remove the dimensions between `before` and `after` where `kept` is false."""
+    # What `after` makes of the constant there goes into its bias, in fp64. Without one it gets one.
     W = after.weight
     added = W.double()[:, ~kept] @ constant.double()[~kept]     # (out,)
     if added.any():
@@ -499,8 +485,7 @@ def _whole(scores: Tensor) -> Tensor:
 def _check_same_group(scores: Tensor, weight: Tensor) -> None:
     # Scores that are gathered in forward itself would not get the gradients of all processes.
     if hasattr(scores, "full_tensor") and not hasattr(weight, "full_tensor"):
-        raise ValueError("masks that share scores are in separate groups of fully_shard(): put "
-                         "their modules into one")
+        raise ValueError("masks that share scores must not be in separate groups of fully_shard()")
 
 
 def _check_share(share: BlockMask, grid: Sequence[int], kind: str) -> None:
@@ -512,7 +497,7 @@ def _check_share(share: BlockMask, grid: Sequence[int], kind: str) -> None:
         raise ValueError(f"{grid} blocks cannot share the scores of {theirs}")
 
 
-# torch's own modules, whose weights are (out, in).
+# Modules of torch whose weights are (out, in).
 OUT_IN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -526,8 +511,9 @@ def _check_maskable(module: nn.Module, weight: str, bias: str,
     b = getattr(module, bias, None)
     if not isinstance(W, nn.Parameter) or not W.is_floating_point() or W.dim() < 2:
         raise ValueError(f"{weight} must be a floating-point parameter of two or more dimensions")
+    # Without a bias it does not matter.
     if b is None:
-        return 0        # it does not matter
+        return 0
     # The columns of a transposed convolution are outputs with their kernels, for one group.
     if not isinstance(b, nn.Parameter) or isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise ValueError(f'the {bias} of {type(module).__name__} can have no mask: say bias=""')
@@ -546,19 +532,20 @@ def _check_maskable(module: nn.Module, weight: str, bias: str,
 def _check_not_nan(model: nn.Module) -> None:
     for mask in masks(model):
         if _whole(mask.owner.scores).isnan().any() or mask.threshold.isnan():
-            raise ValueError("scores or threshold are NaN: training has diverged, go back to a "
-                             "checkpoint")
+            raise ValueError("scores or threshold are NaN: go back to an earlier checkpoint")
 
 
 def _check_bakeable(model: nn.Module) -> List[nn.Module]:
     """The modules with masks, if all of the model's masks can be baked."""
     masked_modules = []
     for module in model.modules():
+        # Under FSDP2, which gives modules this method, what is written into weights is lost.
         if hasattr(module, "unshard"):
             raise ValueError("fully_shard() has the weights: load get_model_state_dict(model, "
                              "options=StateDictOptions(full_state_dict=True)) into a masked model")
         if not parametrize.is_parametrized(module):
             continue
+        # weight_norm and its like are not ours, and would be lost.
         ours = []
         for chain in module.parametrizations.values():
             ours += [isinstance(mask, (BlockMask, BiasMask)) for mask in chain]
@@ -577,21 +564,22 @@ def _check_bakeable(model: nn.Module) -> List[nn.Module]:
 
 def _check_tied(model: nn.Module) -> None:
     """All modules that own a weight must see the same values, masked or not."""
-    owners = Counter()
+    owners: Dict[Tensor, List[nn.Module]] = {}
     for module in model.modules():
-        owners.update(module.parameters(recurse=False))
-    seen: Dict[Tensor, Tensor] = {}
-    for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            if owners[parameter] == 1:
-                continue
-            value = parameter
-            if isinstance(module, parametrize.ParametrizationList):
-                value = module()            # what its mask makes of it
-            if not torch.equal(seen.setdefault(parameter, value), value):
-                raise ValueError(
-                    f"a masked weight or bias is tied to another, which is not masked alike: "
-                    f"{name}; mask both, with share=, or none (bias=\"\" for a bias)")
+            owners.setdefault(parameter, []).append(module)
+    for parameter, modules in owners.items():
+        if len(modules) == 1:
+            continue
+        # What does each of them see? A parametrization list gives what its mask makes of W.
+        values = []
+        for module in modules:
+            masked = isinstance(module, parametrize.ParametrizationList)
+            values.append(module() if masked else parameter)
+        if not all(torch.equal(value, values[0]) for value in values):
+            names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
+            raise ValueError(f"tied weights or biases must be masked alike, with share=, or not at "
+                             f'all (bias="" for a bias): {names}')
 
 
 def _check_layers(before: Sequence[nn.Module], after: nn.Module, classes) -> None:
@@ -604,18 +592,16 @@ def _check_layers(before: Sequence[nn.Module], after: nn.Module, classes) -> Non
         raise ValueError("one layer is given twice")
     for layer in before:
         if len(layer.weight) != after.weight.shape[1]:
-            raise ValueError(f"{layer} has not as many outputs as {after} has inputs (heads of "
-                             f"grouped-query attention cannot be cut)")
+            raise ValueError(f"as many outputs as {after} has inputs are expected, which is not so "
+                             f"in grouped-query attention: {layer}")
 
 
 def _check_act(act: Callable[[Tensor], Tensor], weight: Tensor) -> None:
     """act of many numbers must be act of each by itself: else no dimension can be taken out."""
     numbers = torch.linspace(-3, 6, 256).to(weight)     # so many that dropout is found out
     together = act(numbers.clone())                     # clones, since act may work in place
-    fits = together.shape == numbers.shape
-    if fits:
-        apart = torch.cat([act(number.clone()) for number in numbers.split(1)])
-        fits = torch.allclose(together, apart, rtol=1e-2, atol=1e-2, equal_nan=True)
-    if not fits:
+    apart = torch.cat([act(number.clone()) for number in numbers.split(1)])
+    fits = together.shape == apart.shape == numbers.shape
+    if not fits or not torch.allclose(together, apart, rtol=1e-2, atol=1e-2, equal_nan=True):
         raise ValueError("act must work on single numbers, and not at random: softmax, norms, GLU "
                          "and dropout in training cannot be cut")

@@ -62,11 +62,6 @@ def original(layer):
     return layer.parametrizations.weight.original
 
 
-def plain_copy(net):
-    """A copy in which each W′ is a plain parameter. After backward(), its .grad is G."""
-    return bake(copy.deepcopy(net))
-
-
 def ids(parameters):
     return [id(parameter) for parameter in parameters]
 
@@ -81,7 +76,6 @@ SHAPES = pytest.mark.parametrize("shape, block", [
     pytest.param((7, 6), (7, 2), id="head of out"),
     pytest.param((3, 5), (1, 1), id="1x1"),
     pytest.param((5, 10), (2, 3), id="ragged"),         # one row and one column are left over
-    pytest.param((7, 5), (3, 5), id="ragged rows"),
 ])
 
 
@@ -104,19 +98,6 @@ def mask_by_loop(S, shape, block, threshold=0.4):
     return M
 
 
-def test_a_mask_by_hand():
-    mask = BlockMask((3, 4), (2, 2))
-    set_threshold(mask, 0.1)
-    mask.scores.data = torch.tensor([[0, DEAD], [DEAD, 0]])
-    assert mask.block_mask().tolist() == [[1, 0], [0, 1]]
-    # Each entry of that fills 2 × 2 weights. A fourth row is cut off, since the weight has three.
-    assert mask.weight_mask().tolist() == [
-        [1, 1, 0, 0],
-        [1, 1, 0, 0],
-        [0, 0, 1, 1],
-    ]
-
-
 @SHAPES
 def test_a_masked_weight_is_w_times_m(shape, block):
     mask = scatter(BlockMask(shape, block))
@@ -137,31 +118,13 @@ def test_a_block_dies_at_the_logit_of_the_threshold():
     assert mask.block_mask().tolist() == [[0, 0, 0]]
 
 
-@pytest.mark.parametrize("threshold", [0, 0.1])
-def test_fresh_scores_keep_everything(threshold):
+def test_fresh_scores_keep_everything():
     net = masked_net()
-    set_threshold(net, threshold)
-    assert torch.equal(net[0].weight, original(net[0]))
-    assert density(net) == {"attention": 1, "ffn": 1, "all": 1}
-
-
-# Its gradients: straight through the step, with W and not W′.
-
-
-def test_gradients_by_hand():
-    # W = (1, 2 | 3, 4) in two blocks, of which the second is pruned. L = x · W′, so that G is x,
-    # (10, 20 | 30, 40).
-    layer = nn.Linear(4, 1, bias=False)
-    layer.weight.data = torch.tensor([[1.0, 2, 3, 4]])
-    mask = mask_weight(layer, (1, 2))
-    mask.scores.data = torch.tensor([[0, DEAD]])
-    set_threshold(layer, 0.1)
-    L = layer(torch.tensor([10.0, 20, 30, 40]))
-    assert L.item() == 10 * 1 + 20 * 2
-    L.backward()
-    # dL/dS sums G ⊙ W over a block, pruned or not. dL/dW is G where W is kept.
-    assert mask.scores.grad.tolist() == [[10 * 1 + 20 * 2, 30 * 3 + 40 * 4]]
-    assert original(layer).grad.tolist() == [[10, 20, 0, 0]]
+    for threshold in (0, 0.1):
+        set_threshold(net, threshold)
+        assert density(net) == {"attention": 1, "ffn": 1, "all": 1}
+    # The penalty starts at σ(0).
+    assert penalty(net).item() == 0.5
 
 
 @SHAPES
@@ -192,9 +155,6 @@ def test_gradients_are_those_of_the_paper(shape, block):
     assert mask.scores.grad[mask.block_mask() == 0].abs().min() > 0
 
 
-# The bias goes with its output.
-
-
 def test_no_gradient_goes_from_a_bias_to_the_scores():
     layer = nn.Linear(5, 3)
     mask = mask_weight(layer, (1, 5))
@@ -207,23 +167,16 @@ def test_no_gradient_goes_from_a_bias_to_the_scores():
     assert to_bias.tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(5, 7, bias=False), nn.Embedding(7, 5)])
-def test_a_module_need_not_have_a_bias(layer):
-    layer = copy.deepcopy(layer)
-    mask = mask_weight(layer, (7, 1))
-    mask.scores.data[0, 2] = DEAD
-    set_threshold(layer, 0.1)
-    assert list(layer.parametrizations) == ["weight"]
-    assert layer.weight.any(dim=0).tolist() == [True, True, False, True, True]
-
-
 class Foreign(nn.Module):
     """A layer that is not torch's: nobody knows whether its weight is (out, in) or (in, out)."""
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        self.weight = weight
         self.bias = bias
+        if isinstance(weight, nn.Parameter):
+            self.weight = weight
+        else:
+            self.register_buffer("weight", weight)
 
 
 def ones(*shape):
@@ -254,8 +207,7 @@ def test_a_convolution_is_a_matrix_of_out_by_in_kh_kw(groups, columns):
     W = conv.weight.detach().clone()
     b = conv.bias.detach().clone()
     x = torch.randn(2, 6, 6, 7)
-    # Blocks of 1 × 7 are ragged, and may span two inputs.
-    mask = mask_weight(conv, (1, 7))
+    mask = mask_weight(conv, (1, 7))        # ragged, and a block may span two inputs
     scatter(conv)
     mask.scores.data[2] = DEAD
     M = mask_by_loop(mask.scores, (4, columns), (1, 7)).view_as(W)
@@ -277,19 +229,13 @@ def test_multihead_attention_reads_masked_weights_and_is_baked():
         plain.in_proj_bias.data[2 * block:2 * block + 2] = 0
     x = torch.randn(4, 5, 6)
     assert_close(attention(x, x, x)[0], plain(x, x, x)[0])
-    # There is a fast path without gradients, which reads the weights otherwise.
     attention.eval()
-    with torch.no_grad():
+    with torch.no_grad():       # there is a fast path, which reads the weights otherwise
         assert_close(attention(x, x, x)[0], plain.eval()(x, x, x)[0])
     bake(attention)
     assert type(attention) is nn.MultiheadAttention
-    state = attention.state_dict()
-    assert state.keys() == plain.state_dict().keys()
     for name, value in plain.state_dict().items():
-        assert torch.equal(state[name], value)
-
-
-# Shared scores.
+        assert torch.equal(attention.state_dict()[name], value)
 
 
 def masked_heads():
@@ -311,7 +257,7 @@ def masked_heads():
 def test_a_head_gets_the_gradients_of_its_four_blocks():
     net, owner = masked_heads()
     scatter(net.double())
-    plain = plain_copy(net)
+    plain = bake(copy.deepcopy(net))        # each W′ is a parameter, whose .grad is G
     x = torch.randn(4, 7).double()
     for query, key, value, out in (net, plain):
         loss = out(query(x) * key(x) + value(x)).pow(2).sum()
@@ -360,20 +306,13 @@ def test_a_dimension_of_two_convolutions_is_a_channel():
     conv1 = nn.Conv2d(3, 5, (2, 1))
     conv2 = nn.Conv2d(5, 4, (2, 3))
     keep = [0, 2, 4]
-    W1 = conv1.weight.detach()[keep]
-    b1 = conv1.bias.detach()[keep]
-    W2 = conv2.weight.detach()[:, keep]
-    b2 = conv2.bias.detach().clone()
     x = torch.randn(2, 3, 6, 7)
-    cut = F.conv2d(F.conv2d(x, W1, b1).relu(), W2, b2)
-
+    inner = F.conv2d(x, conv1.weight[keep], conv1.bias[keep]).relu()
+    cut = F.conv2d(inner, conv2.weight[:, keep], conv2.bias)
     S = mask_dimensions(conv1, conv2).scores
     set_threshold(nn.ModuleList([conv1, conv2]), 0.1)
     S.data[[1, 3]] = DEAD
     assert_close(conv2(conv1(x).relu()), cut)
-
-
-# What cannot be masked is refused, and all is as it was.
 
 
 def masked_linear():
@@ -390,10 +329,9 @@ def with_foreign_parametrization(name):
 
 @pytest.mark.parametrize("make, block, output_dim, message", [
     pytest.param(lambda: nn.Linear(5, 7), (8, 1), None, "8x1 does not fit", id="high"),
-    pytest.param(lambda: nn.Linear(5, 7), (1, 6), None, "1x6 does not fit", id="wide"),
     pytest.param(lambda: nn.Linear(5, 7), (0, 1), None, "0x1 does not fit", id="0x1"),
     pytest.param(lambda: nn.LayerNorm(5), (1, 1), None, "dimensions", id="vector"),
-    pytest.param(lambda: Foreign(torch.ones(7, 5)), (1, 1), None, "parameter", id="no parameter"),
+    pytest.param(lambda: Foreign(torch.ones(7, 5)), (1, 1), None, "must be a", id="buffer"),
     pytest.param(lambda: Foreign(nn.Parameter(torch.ones(7, 5, dtype=torch.int8), False)), (1, 1),
                  None, "floating", id="integers"),
     pytest.param(masked_linear, (1, 1), None, "parametrized already", id="twice"),
@@ -401,7 +339,6 @@ def with_foreign_parametrization(name):
                  id="parametrized bias"),
     pytest.param(lambda: Foreign(ones(7, 5), True), (1, 1), None, 'bias=""', id="bias is a bool"),
     pytest.param(lambda: Foreign(ones(5, 5), ones(5)), (1, 1), None, "output_dim=", id="square"),
-    pytest.param(lambda: Foreign(ones(7, 5), ones(6)), (1, 1), None, "does not go", id="bias of 6"),
     pytest.param(lambda: Foreign(ones(4, 4), ones(4, 4)), (1, 1), 0, "does not go", id="bias 4x4"),
     pytest.param(lambda: nn.Linear(5, 7), (1, 1), 1, "does not go", id="wrong output_dim"),
     pytest.param(lambda: nn.ConvTranspose2d(16, 16, 4, stride=2, groups=16), (1, 1), 1, 'bias=""',
@@ -413,18 +350,14 @@ def test_what_cannot_be_masked_is_refused(make, block, output_dim, message):
     with pytest.raises(ValueError, match=message):
         mask_weight(module, block, output_dim=output_dim)
     assert dict(module.named_parameters()).keys() == before.keys()
-
-
-def test_a_bias_may_go_without_a_mask():
-    layer = nn.ConvTranspose2d(8, 5, 3)
-    mask_weight(layer, (1, 1), bias="")
-    assert list(layer.parametrizations) == ["weight"]
+    if message == 'bias=""':
+        mask_weight(module, block, bias="")
+        assert list(module.parametrizations) == ["weight"]
 
 
 @pytest.mark.parametrize("shape, block, kind", [
     pytest.param((6, 2), (2, 2), "ffn", id="3x1"),
     pytest.param((4, 6), (2, 2), "ffn", id="transposed"),
-    pytest.param((6, 1), (1, 1), "ffn", id="6x1"),
     pytest.param((6, 4), (2, 2), "attention", id="another kind"),
 ])
 def test_masks_that_do_not_fit_share_no_scores(shape, block, kind):
@@ -435,10 +368,16 @@ def test_masks_that_do_not_fit_share_no_scores(shape, block, kind):
         BlockMask((6, 4), (2, 2), share=mask.scores)
 
 
+def bias_of_two(linear):
+    linear.bias = ones(2)
+    return linear
+
+
 @pytest.mark.parametrize("fc2, gate, message", [
     pytest.param(nn.Linear(6, 3), None, "as many outputs", id="sizes"),
     pytest.param(nn.Linear(7, 3), nn.Linear(5, 8), "as many outputs", id="gate"),
     pytest.param(nn.Linear(7, 3), masked_linear(), "without masks", id="masked gate"),
+    pytest.param(bias_of_two(nn.Linear(7, 3)), None, "does not go", id="bias of fc2"),
     pytest.param(Foreign(ones(3, 7)), None, "plain layer", id="not torch's"),
     pytest.param(nn.ConvTranspose2d(7, 7, 1, bias=False), None, "plain layer", id="transposed"),
 ])
@@ -449,28 +388,12 @@ def test_dimensions_that_do_not_fit_are_refused(fc2, gate, message):
     assert not list(masks(nn.ModuleList([fc1, fc2])))
 
 
-def test_fc1_is_not_masked_where_the_bias_of_fc2_does_not_fit():
-    fc1 = nn.Linear(5, 7)
-    fc2 = nn.Linear(7, 3)
-    fc2.bias = ones(2)
-    with pytest.raises(ValueError, match="does not go"):
-        mask_dimensions(fc1, fc2)
-    assert not list(masks(fc1))
-
-
 # -------------------------------------------------------------------- what a training loop asks for
 
 
-# The schedule of τ. Of 150 steps the first 10 and the last 40 are flat, so it rises for 100.
+# Of 150 steps the first 10 and the last 40 are flat, so τ rises for 100; how much of it is left?
 @pytest.mark.parametrize("step, left", [
-    (0, 1),
-    (10, 1),
-    (35, 0.75),         # after a quarter of the rise three quarters of it are left
-    (60, 0.5),
-    (85, 0.25),
-    (110, 0),
-    (150, 0),
-])
+    (0, 1), (10, 1), (35, 0.75), (60, 0.5), (85, 0.25), (110, 0), (150, 0)])
 def test_the_threshold_is_cubic_between_two_flat_parts(step, left):
     tau = threshold_schedule(step, 150, flat_start=10, flat_end=40)
     assert tau == pytest.approx(0.1 * (1 - left ** 3))
@@ -478,25 +401,11 @@ def test_the_threshold_is_cubic_between_two_flat_parts(step, left):
     assert tau == pytest.approx(0.5 - 0.4 * left ** 3)
 
 
-@pytest.mark.parametrize("step, flat_start, flat_end", [
-    (0, 40, 60),
-    (0, 40, 59),        # one step: a jump is no rise
-    (99, 90, 60),
-])
+@pytest.mark.parametrize("step, flat_start, flat_end", [(0, 40, 60), (99, 90, 60), (0, 40, 59)])
 def test_the_threshold_must_have_steps_to_rise(step, flat_start, flat_end):
+    # In the last case it has one: a jump is no rise.
     with pytest.raises(ValueError, match="no step is left"):
         threshold_schedule(step, 100, flat_start, flat_end)
-
-
-def test_set_threshold_reaches_every_mask():
-    net = masked_net()
-    set_threshold(net, 0.25)
-    assert [mask.threshold.item() for mask in masks(net)] == [0.25, 0.25, 0.25]
-    # In the order of modules.
-    assert [mask.block for mask in masks(net)] == [(2, 3), (1, 7), (3, 1)]
-
-
-# The penalty: a mean for each owner, then for each kind, then over the kinds.
 
 
 def net_with_four_owners():
@@ -522,26 +431,12 @@ def net_with_four_owners():
     return net
 
 
-def test_the_penalty_starts_at_one_half():
-    value = penalty(masked_net())
-    assert value.shape == ()
-    assert value.item() == 0.5
-
-
-@pytest.mark.parametrize("weights, expected", [
-    (None, (0.4 + 0.5) / 2),
-    ({"attention": 3}, (3 * 0.4 + 0.5) / 2),
-])
-def test_the_penalty_by_hand(weights, expected):
-    assert penalty(net_with_four_owners(), weights).item() == pytest.approx(expected)
-
-
-def test_the_penalty_knows_its_kinds():
+def test_the_penalty_by_hand():
+    net = net_with_four_owners()
+    assert penalty(net).item() == pytest.approx((0.4 + 0.5) / 2)
+    assert penalty(net, {"attention": 3}).item() == pytest.approx((3 * 0.4 + 0.5) / 2)
     with pytest.raises(ValueError, match="atention"):
-        penalty(masked_net(), {"atention": 1.0})
-
-
-# Optimiser groups.
+        penalty(net, {"atention": 1.0})
 
 
 def test_groups_are_matrices_vectors_and_scores():
@@ -550,7 +445,6 @@ def test_groups_are_matrices_vectors_and_scores():
     weights = [original(net[0]), original(net[2]), original(net[4])]
     assert ids(matrices["params"]) == ids(weights)
     assert len(vectors["params"]) == 3 + 2                      # biases; gain and bias of the norm
-    assert all(vector.dim() == 1 for vector in vectors["params"])
     assert ids(scores["params"]) == [id(mask.scores) for mask in masks(net) if mask.owner is mask]
     # Scores have a rate of their own and no decay. AdamW's own default is a decay of 0.01.
     optimizer = torch.optim.AdamW([matrices, vectors, scores])
@@ -675,18 +569,10 @@ def test_bake_warns_where_nothing_is_pruned():
     net = scatter(masked_net(), threshold=0)
     with pytest.warns(UserWarning, match="set_threshold.*optimiser"):
         bake(net)
-    # The optimiser does not know the scores: they are where they started.
-    net = masked_net()
-    set_threshold(net, 0.1)
-    with pytest.warns(UserWarning, match="nothing is pruned"):
-        bake(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bake(scatter(masked_net()))
         bake(nn.Linear(5, 7))
-
-
-# Tied weights.
 
 
 def tied_net(name):
@@ -699,11 +585,10 @@ def test_tied_weights_masked_alike_stay_tied():
     net = tied_net("weight")
     mask = mask_weight(net[0], (1, 5))
     mask_weight(net[1], (1, 5), share=mask)
-    W = original(net[0])
     expected = scatter(net)[0].weight.clone()
     bake(net)
-    assert net[0].weight is net[1].weight is W
-    assert torch.equal(W, expected)
+    assert net[0].weight is net[1].weight
+    assert torch.equal(net[0].weight, expected)
     assert not expected.all()
 
 
@@ -777,9 +662,7 @@ def test_heads_that_cannot_be_cut_are_refused(outputs, head_size, error):
     value.weight.data[:2] = 0
     with pytest.raises((ValueError, RuntimeError), match=error):
         cut_heads(query, key, value, out, head_size)
-    assert query.weight.shape == (6, 5)
-    assert value.weight.shape == (outputs, 5)
-    assert out.weight.shape == (5, 6)
+    assert [len(linear.weight) for linear in (query, value, out)] == [6, outputs, 5]
 
 
 def test_dimensions_are_cut_by_hand():
@@ -822,9 +705,8 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("act", [F.silu, F.relu, torch.sigmoid])
-def test_a_masked_gated_layer_is_cut_exactly(act, bias):
-    layer = Gated(act, bias).double()
+def test_a_masked_gated_layer_is_cut_exactly(bias):
+    layer = Gated(torch.sigmoid, bias).double()
     x = torch.randn(4, 5).double()
     owner = mask_dimensions(layer.up, layer.down, gate=layer.gate)
     set_threshold(layer, 0.1)
@@ -834,8 +716,6 @@ def test_a_masked_gated_layer_is_cut_exactly(act, bias):
     assert torch.equal(layer(x), expected)
     left = cut_dimensions(layer.up, layer.down, layer.act, gate=layer.gate)
     assert left == [0, 2, 3, 5, 6, 7]
-    sizes = (layer.up.out_features, layer.gate.out_features, layer.down.in_features)
-    assert sizes == (6, 6, 6)
     assert_close(layer(x), expected, rtol=0, atol=1e-12)
 
 
@@ -869,10 +749,10 @@ def test_an_act_is_cut_in_the_precision_of_the_model(act, dtype):
     fc2 = nn.Linear(4, 3).to(dtype)
     x = torch.randn(6, 5).to(dtype)
     fc1.weight.data[[0, 2]] = 0
+    fc1.bias.data.fill_(-0.5)
     expected = fc2(act(fc1(x)))
-    b1 = fc1.bias.clone()
     assert cut_dimensions(fc1, fc2, act) == [1, 3]
-    assert torch.equal(fc1.bias, b1[[1, 3]])        # an act in place has not come near it
+    assert fc1.bias.tolist() == [-0.5, -0.5]        # an act in place has not come near it
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     assert_close(fc2(act(fc1(x))), expected, rtol=0, atol=tolerance)
 
@@ -882,10 +762,8 @@ def test_an_act_is_cut_in_the_precision_of_the_model(act, dtype):
     pytest.param(nn.LayerNorm(9), id="LayerNorm"),
     pytest.param(F.glu, id="GLU"),
     pytest.param(lambda x: x - x.mean(-1, keepdim=True), id="minus the mean"),
-    pytest.param(lambda x: x.cumsum(-1), id="cumsum"),
     pytest.param(lambda x: x / x.abs().max(), id="by the largest"),
     pytest.param(nn.Dropout(0.1), id="dropout in training"),
-    pytest.param(nn.RReLU(), id="random slopes"),
 ])
 def test_an_act_that_mixes_dimensions_or_is_random_is_not_cut(act):
     fc1 = nn.Linear(5, 9)
@@ -893,8 +771,7 @@ def test_an_act_that_mixes_dimensions_or_is_random_is_not_cut(act):
     fc1.weight.data[[2, 5]] = 0
     with pytest.raises((ValueError, RuntimeError)):
         cut_dimensions(fc1, fc2, act)
-    assert fc1.weight.shape == (9, 5)
-    assert fc2.weight.shape == (3, 9)
+    assert len(fc1.weight) == fc2.weight.shape[1] == 9
 
 
 def test_what_is_masked_is_not_cut():
@@ -961,10 +838,10 @@ def test_a_changed_model_prunes_and_trains_as_before(change):
         assert torch.equal(net(x), expected)
 
 
-def test_no_two_entries_of_a_checkpoint_share_memory():
-    net, _ = masked_heads()
-    state = net.state_dict()
-    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+def test_a_mask_may_be_on_another_device_than_its_owner():
+    net, owner = masked_heads()
+    assert net[3].to("meta").weight.device.type == "meta"
+    assert owner.scores.device.type == "cpu"
 
 
 # ------------------------------------------------------------------------------------ low precision
@@ -1015,16 +892,6 @@ def test_scores_and_threshold_are_fp32_in_half_precision(before, after, default)
     assert_close(rows.scores, torch.full((7, 1), -2.001))
 
 
-def test_half_precision_moves_scores_to_the_device_and_keeps_their_gradients():
-    mask = BlockMask((4, 6), (2, 3))
-    mask.scores.grad = torch.full((2, 2), 1 + 2.0 ** -20)
-    mask.half()
-    assert torch.equal(mask.scores.grad, torch.full((2, 2), 1 + 2.0 ** -20))
-    mask.to("meta", torch.bfloat16)
-    assert mask.scores.device.type == mask.threshold.device.type == "meta"
-    assert mask.scores.dtype == mask.threshold.dtype == torch.float32
-
-
 # ------------------------------------------------------------------------ torch.func, torch.compile
 
 
@@ -1043,7 +910,7 @@ def test_func_gives_each_sample_its_own_gradient():
         assert_close(each[name].sum(dim=0), parameter.grad)
 
 
-def test_compile_takes_all_masks_in_one_graph_whatever_the_threshold_is():
+def test_compile_makes_one_graph_whatever_the_threshold_is():
     graphs = []
 
     def backend(graph, inputs):
