@@ -28,23 +28,15 @@ from tiny import tiny_config
 from train_squad import Config, Features, Question, Squad
 
 SQUAD = Path(os.environ.get("SQUAD") or "unset")
+REAL_SQUAD = pytest.mark.skipif(not SQUAD.is_dir(), reason="SQUAD names no folder")
 WEIGHTS = Path(__file__).parents[1] / "weights/minilm"
-
-
-def needs(name):
-    """Skip a test where $SQUAD has no file of that name, plain or packed."""
-    found = list(SQUAD.glob(f"{name}*"))
-    return pytest.mark.skipif(not found, reason=f"SQUAD names no folder with {name}")
-
 
 # A few whole words, and single signs, which may begin a word (a) or go on with one (##a).
 SIGNS = list("abcdefghijklmnopqrstuvwxyz0123456789.,?'-שלום")
 VOCAB = "[UNK] stone the [PAD] 東 😀 [SEP] [CLS] moon ᄒ ##ᅡ ##ᆫ [MASK] ##ing".split()
 VOCAB += SIGNS
 VOCAB += ["##" + sign for sign in SIGNS]
-PAD = VOCAB.index("[PAD]")
-SEP = VOCAB.index("[SEP]")
-CLS = VOCAB.index("[CLS]")
+PAD, SEP, CLS = map(VOCAB.index, ["[PAD]", "[SEP]", "[CLS]"])
 
 # Accents, control characters, words written from right to left, a sign of three word pieces, 한.
 TEXTS = [
@@ -53,7 +45,7 @@ TEXTS = [
     "x 😀 moon 🦊🏽\u200d♀️ שלום y",
     "a\x00b\u200bc\tx\x7f\x1by\u202e z\ufffd\r\nq",
     "東京moon タワー 한 a한",
-    " ".join(random.Random(3).choices(["moon", "Stoneing", "é", "a.b", "東😀", "☃", "\x07"], k=900)),
+    " ".join(random.Random(3).choices(["moon", "Stoneing", "é", "a.b", "東😀", "☃"], k=900)),
 ]
 
 
@@ -153,7 +145,9 @@ def test_what_is_set_where_nothing_is_given(monkeypatch):
     assert ts.fill_in(Config(method="struct")).attention_lambda == 0.05
     for fast, precision in [(True, "bf16"), (False, "fp32")]:
         monkeypatch.setattr(ts, "multiplies_in_bf16", lambda device: fast)
+        # bf16 where it is fast, but not in the paper's settings.
         assert ts.fill_in(Config()).precision == precision
+        assert ts.fill_in(Config(preset="paper")).precision == "fp32"
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -210,7 +204,6 @@ def test_blocks_of_each_method(method, query, out, fc1, fc2):
         found = [linear.parametrizations.weight[0] for linear in linears]
         assert [mask.block for mask in found] == [query, query, query, out, fc1, fc2]
         assert [mask.kind for mask in found] == ["attention"] * 4 + ["ffn"] * 2
-
         owners_in_attention = {mask.owner for mask in found[:4]}
         assert len(owners_in_attention) == (1 if method == "struct" else 4)
         shares_a_dimension = found[4].owner is found[5].owner
@@ -284,9 +277,7 @@ def test_the_learning_rate_by_step():
     assert rates == pytest.approx([1, 3/4, 2/4, 1/4])
 
 
-def paper(**changes) -> Config:
-    """The paper's settings for Hybrid, but for some changes."""
-    return dataclasses.replace(ts.fill_in(Config(method="hybrid", preset="paper")), **changes)
+PAPER = ts.fill_in(Config(method="hybrid", preset="paper"))
 
 
 @pytest.mark.parametrize("changes, windows, steps", [
@@ -297,23 +288,23 @@ def paper(**changes) -> Config:
     (dict(epochs=2), 1, (2, 0)),
 ], ids=["share", "given", "too-long", "fill", "shortest"])
 def test_steps_of_a_run_and_of_its_warmup(changes, windows, steps):
-    assert ts.count_steps(paper(**changes), windows) == steps
+    assert ts.count_steps(dataclasses.replace(PAPER, **changes), windows) == steps
     with pytest.raises(ValueError, match="--epochs 0.1 is less than two steps"):
-        ts.count_steps(paper(epochs=0.1), 160)
+        ts.count_steps(dataclasses.replace(PAPER, epochs=0.1), 160)
 
 
 def test_a_run_too_short_to_prune_is_refused():
     """How far a score can fall is the sum of the scores' learning rates over all steps."""
     # 0.01 · (half of 20 · 21 / 20 + half of 380 · 381 / 380), or so, of 400 steps
     with pytest.raises(ValueError, match="in 400 steps scores fall to about -2.01, .* at -2.20"):
-        ts.check_schedule(paper(), 400, 20)
+        ts.check_schedule(PAPER, 400, 20)
     with pytest.raises(ValueError, match="To reach -3.00"):
-        ts.check_schedule(paper(), 594, 29)
-    ts.check_schedule(paper(), 600, 30)
+        ts.check_schedule(PAPER, 594, 29)
+    ts.check_schedule(PAPER, 600, 30)
     with pytest.raises(ValueError, match="pruned at -4.60"):    # a lower τ is further down
-        ts.check_schedule(paper(threshold=0.01), 850, 42)
+        ts.check_schedule(dataclasses.replace(PAPER, threshold=0.01), 850, 42)
     with pytest.raises(ValueError, match="no step is left"):
-        ts.check_schedule(paper(score_lr=9.0), 110, 10)
+        ts.check_schedule(dataclasses.replace(PAPER, score_lr=9.0), 110, 10)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -382,16 +373,16 @@ def test_a_training_is_a_loop_of_steps(tokenizer, tmp_path, method, distil):
     config = small_config(tmp_path, method=method)
     features = small_features(tokenizer, config)
     model = tiny(hidden_dropout_prob=0.0)
-    teacher = None
-    if distil:
-        teacher = tiny(hidden_dropout_prob=0.5)     # which does not act in a teacher
+    teacher = tiny(hidden_dropout_prob=0.5) if distil else None
     if method != "dense":
         ts.add_masks(model, method, "4x6")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = train_by_loop(model, teacher, features, config)
     parameters = [p.clone() for p in model.parameters()]
     model.load_state_dict(before)
-    assert ts.train(model, teacher and teacher.train(), features, config) > 0
+    if distil:
+        teacher.train()         # its dropout does not act even so
+    assert ts.train(model, teacher, features, config) > 0
 
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(lines) == len(expected) == 12
@@ -410,34 +401,37 @@ def test_a_training_is_a_loop_of_steps(tokenizer, tmp_path, method, distil):
         assert 0 < density(model)["all"] < 1
 
 
-@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)],
+                         ids=["bf16", "fp32"])
 def test_products_have_the_runs_precision(tokenizer, tmp_path, precision, dtype):
     """And dropout acts on the student, in training, with the run's probability."""
     config = small_config(tmp_path, method="hybrid", precision=precision, attention_dropout=0.3)
     features = small_features(tokenizer, config)
+
+    def watch(model) -> set:
+        seen = set()
+        attention = model.bert.layers[1].attention
+        attention.query.register_forward_hook(lambda module, inputs, output: seen.add(
+            (output.dtype, attention.training, attention.dropout)))
+        return seen
+
     student = masked("hybrid")
     teacher = tiny()
-    found = {student: set(), teacher: set()}
-    for model, seen in found.items():
-        attention = model.bert.layers[1].attention
-        attention.query.register_forward_hook(
-            lambda _, inputs, output, attention=attention, seen=seen: seen.add(
-                (output.dtype, attention.training, attention.dropout)))
+    of_student = watch(student)
+    of_teacher = watch(teacher)
     ts.train(student, teacher, features, config)
-    assert found == {student: {(dtype, True, 0.3)}, teacher: {(dtype, False, 0.1)}}
-    # Weights and scores themselves stay fp32.
-    assert {p.dtype for p in student.parameters()} == {torch.float32}
-
-    found[student].clear()
+    assert of_student == {(dtype, True, 0.3)}
+    assert of_teacher == {(dtype, False, 0.1)}
+    assert {p.dtype for p in student.parameters()} == {torch.float32}       # and scores
     ts.predict(student, features, config)
-    assert found[student] == {(dtype, False, 0.3)}
+    assert of_student == {(dtype, True, 0.3), (dtype, False, 0.3)}
 
 
-@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.inf)], ids=["loss", "norm"])
-def test_a_loss_that_is_no_number_stops_the_run(loss, norm):
-    with pytest.raises(ValueError, match="stopped at step 7: loss .*, gradient norm .*"):
-        ts.stop_if_not_finite(torch.tensor(loss), torch.tensor(norm), 7, Path("R"))
+def test_a_loss_that_is_no_number_stops_the_run():
     ts.stop_if_not_finite(torch.tensor(1.0), torch.tensor(1.0), 7, Path("R"))
+    for loss, norm in [(math.nan, 1.0), (1.0, math.inf)]:
+        with pytest.raises(ValueError, match="stopped at step 7: loss .*, gradient norm .*"):
+            ts.stop_if_not_finite(torch.tensor(loss), torch.tensor(norm), 7, Path("R"))
 
 
 def test_refill_replaces_zeros_and_nothing_else():
@@ -458,7 +452,10 @@ def test_refill_replaces_zeros_and_nothing_else():
         was_zero = before[name] == 0
         assert torch.equal(p[~was_zero], before[name][~was_zero])
         # Only biases keep their zeros.
-        assert torch.equal(p == 0, was_zero if name.endswith("bias") else was_zero & False)
+        if name.endswith("bias"):
+            assert torch.equal(p == 0, was_zero)
+        else:
+            assert p.all()
 
     # The noise is N(0, 1) · 0.01 · std(W) + mean(W).
     old = before["bert.layers.1.attention.query.weight"]
@@ -570,7 +567,7 @@ def test_an_answer_that_is_not_at_its_offset_is_skipped(tokenizer):
         ("the moon", "q", "moon", 4),
         ("the moon", "q", "moon", 3),       # not there
         ("a stone", "q", "stone", -5),      # nor there, though Python finds it at −5
-        ("the moon", "q", "", 4),           # nothing would be learnt
+        ("the moon", "q", "", 5),           # not the word that it is in
         (" ", "q", " ", 0),                 # no word piece in it
         ("", "q", "x", 0),
         ("a stone", "q", "ton", 3),         # inside a word piece
@@ -593,7 +590,7 @@ def test_an_answer_that_is_not_at_its_offset_is_skipped(tokenizer):
         Features(nothing_left, tokenizer, Config(), training=True)
 
 
-@needs("dev-v1.1.json")
+@REAL_SQUAD
 @pytest.mark.skipif(not WEIGHTS.is_dir(), reason="no vocabulary of BERT in weights/minilm")
 @pytest.mark.parametrize("part, windows, questions",
                          [("dev", 10_784, 10_570), ("train", 88_524, 87_599)])
@@ -623,6 +620,9 @@ def test_training_batches_hold_every_window_once():
     longest = [WINDOW_LENGTHS[batch].max() for batch in batches]
     assert np.dot(longest, [len(batch) for batch in batches]) < 1.1 * WINDOW_LENGTHS.sum()
     assert abs(np.corrcoef(longest[1:], longest[:-1])[0, 1]) < 0.3
+    # A run that goes on from step 180 is at the fourth batch of its second epoch.
+    going_on = ts.batches_from(180, WINDOW_LENGTHS, Config(batch=7, seed=3))
+    assert np.array_equal(next(going_on), next_epoch[3])
 
 
 def test_evaluation_batches_fill_their_budget():
@@ -665,12 +665,31 @@ def test_best_spans_are_the_best_of_all_pairs(longest):
             assert span[0] == max(allowed)[0]
 
 
+def test_padding_changes_neither_loss_nor_answers(tokenizer):
+    config = small_config("R")
+    features = small_features(tokenizer, config)
+    model = tiny()
+    losses = []
+    best = {}                   # the best span's score by question
+    for i, window in enumerate(features.windows):
+        alone = features.batch(np.array([i]))
+        start, end = model(alone["ids"], alone["types"])
+        losses.append(ts.loss_terms((start, end), None, alone, 1)[0].item())
+        spans = spans_by_loop(start[0], end[0], alone["context"][0], config.max_answer)
+        question_id = f"q{window.question}"
+        best[question_id] = max(best.get(question_id, -math.inf), max(spans)[0])
+    terms = ts.step_loss(model, features.batch(np.arange(len(features))), None, 0, config, 9, 2)
+    assert terms["loss"].item() == pytest.approx(np.mean(losses), rel=1e-5)
+    found = ts.predict(model, features, config)
+    assert {key: span_score for key, (_, span_score) in found.items()} == pytest.approx(best, abs=1e-5)
+
+
 @pytest.mark.parametrize("v2, threshold, texts", [
     (False, 0.0, ["moon", "moon", "stone", "stone"]),
-    (True, 0.0, ["", "moon", "", "stone"]),
+    (True, 2.5, ["", "moon", "", "stone"]),
     (True, 3.0, ["", "moon", "stone", "stone"]),
     (True, -9.0, ["", "", "", ""]),
-], ids=["v1", "0", "3", "-9"])
+], ids=["v1", "2.5", "3", "-9"])
 def test_the_best_span_of_all_windows_is_the_answer(tokenizer, v2, threshold, texts):
     """Or none, in v2, where [CLS] beats it: of the third question it has 2 + 3 against 1 + 1.
 
@@ -705,7 +724,7 @@ def test_the_best_span_of_all_windows_is_the_answer(tokenizer, v2, threshold, te
     ("an-apple a.b", "anapple ab"),
     ("“the ÉTÉ”", "“ été”"),
     ("U.S.A. (1990–91)", "usa 1990–91"),
-    ("theatre a1", "theatre a1"),
+    ("an theatre a1", "theatre a1"),
     ("İ the\u00a0x\u3000y", "i̇ x y"),
     ("a\u0301 b", "\u0301 b"),
     ("the_end $5 a'an", "theend 5 aan"),
@@ -748,7 +767,7 @@ def as_file(truths, context="x", **changes):
     return {"data": [{"paragraphs": [{"context": context, "qas": qas}]}], **changes}
 
 
-@needs("bert_ensemble_dev_predictions.json")
+@REAL_SQUAD
 def test_published_predictions_score_as_published(tmp_path, capsys):
     packed = (SQUAD / "bert_ensemble_dev_predictions.json.xz").read_bytes()
     (tmp_path / "found.json").write_bytes(lzma.decompress(packed))
@@ -769,11 +788,8 @@ def test_plain_and_packed_files(tmp_path):
     squad = ts.read_squad(tmp_path, "plain.json")
     assert squad == ts.read_squad(tmp_path, "packed.json")
     assert squad.passages == ["x", "the end"]
-    assert squad.questions == [
-        Question("q0", "?", 0, [("x0", 0), ("x", 0)]),
-        Question("q1", "?", 0, []),
-        Question("7", "?", 1, [("the", 0)]),
-    ]
+    assert squad.questions[0] == Question("q0", "?", 0, [("x0", 0), ("x", 0)])
+    assert squad.questions[2] == Question("7", "?", 1, [("the", 0)])
     assert squad.truths() == {"q0": ["x0", "x"], "q1": [], "7": ["the"]}
 
 
@@ -835,8 +851,6 @@ def test_the_built_in_corpus_is_known_by_its_file(corpus, tmp_path):
 
     assert (len(train.questions), len(dev.questions)) == (2100, 450)
     assert not set(train.passages) & set(dev.passages)
-    assert not train.truths().keys() & dev.truths().keys()
-    assert builtin.builtin_corpus(9, 4) == builtin.builtin_corpus(9, 4)
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["train", "dev"])
