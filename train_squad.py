@@ -301,7 +301,7 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
         log_now = done % config.log_every == 0 or done == total
         save_now = now - saved > config.checkpoint_every or done == total
         if log_now or save_now:
-            stop_if_not_finite(terms["loss"], norm, step, out)
+            stop_if_not_finite(terms["loss"], norm, done, out)
         if log_now:
             speed = (done - first_step) * config.batch / (now - began)
             line = {"step": done}
@@ -933,7 +933,11 @@ def save_checkpoint(out: Path, model, optimizer, device: str, step: int, seconds
     state = {"step": step, "seconds": seconds, "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "random_states": random_states}
     with replacing(out / "checkpoint.pt") as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:
+            # If the disk is full, torch's error says neither that nor which file it is.
+            raise OSError(f"the disk may be full ({error})") from error
 
 
 def restore(out: Path, model, optimizer, device: str) -> tuple[int, float]:
@@ -1065,13 +1069,14 @@ def is_finished(config: Config, inputs: dict, command: str) -> bool:
     if path.is_file():
         before = read_json(path)
         changed = []
-        for name, value in vars(config).items():
-            was = before["settings"].get(name)
-            if was != value and name not in NOT_COMPARED:
-                changed.append(f"{name} was {was} and is {value}")
-        for name, sha256 in inputs.items():
-            if before["inputs"].get(name) != sha256:
-                changed.append(f"another {name}")
+        with reading(path):     # that of an older version has no inputs
+            for name, value in vars(config).items():
+                was = before["settings"].get(name)
+                if was != value and name not in NOT_COMPARED:
+                    changed.append(f"{name} was {was} and is {value}")
+            for name, sha256 in inputs.items():
+                if before["inputs"].get(name) != sha256:
+                    changed.append(f"another {name}")
         if not changed:
             return read_results(out) is not None
         # Another run may have the folder as long as nothing was made in it.
@@ -1154,8 +1159,9 @@ def run(config: Config, command: str) -> None:
                              f"compact.py {config.init} --data {config.data} --out "
                              f"{config.init}-compact, and fill that")
         refill(model)
+    total, warmup = count_steps(config, len(features))
     if config.method != "dense":
-        check_schedule(config, *count_steps(config, len(features)))
+        check_schedule(config, total, warmup)
         add_masks(model, config.method, config.block)
     inputs = {"train file": training.sha256, "dev file": dev.sha256,
               "init": folder_sha256(config.init),
