@@ -25,6 +25,32 @@ def read(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_log(folder) -> list[dict]:
+    """The lines of a run's log.jsonl, without what depends on the machine's speed."""
+    lines = []
+    for text in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        del line["examples_per_second"]
+        lines.append(line)
+    return lines
+
+
+def snapshot(folder) -> dict:
+    """What every file in a folder holds, and when it was written."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def bits(folder) -> dict:
+    """What a run makes, and makes again to the bit."""
+    names = ("config.json", "vocab.txt", "predictions.json", "f1.json", "masks.json")
+    paths = [*folder.glob("*.safetensors"), *(folder / name for name in names)]
+    found = {path.name: path.read_bytes() for path in paths if path.exists()}
+    if (folder / "log.jsonl").exists():
+        found["log"] = read_log(folder)
+    return found
+
+
 def tiny_config(vocab_size=50, **changes) -> BertConfig:
     """All sizes different, so that a transposed axis cannot hide."""
     values = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
@@ -71,10 +97,22 @@ def run_table(folders, flags=()) -> int:
     return compact.main(["--compare", *folders, "--batch", "2", "--length", "48", *flags])
 
 
+CHAIN = ("teacher", "hybrid", "small", "filled")
+
+
+def run_step(home, name, flags=()) -> int:
+    """One of the runs of `make squad` in home; the exit status. small is the compaction."""
+    if name == "small":
+        return run_compaction(home / "hybrid", home / "small", ["--data", f"{home}/data", *flags])
+    if name == "teacher":
+        return run_training(home, name, ["--epochs", "10", "--lr", "3e-3", *flags])
+    if name == "hybrid":
+        return run_training(home, name, [*HYBRID, *flags], init="teacher", teacher="teacher")
+    filling = ["--fill", "--epochs", "2", "--lr", "1e-3", *flags]
+    return run_training(home, name, filling, init="small", teacher="teacher")
+
+
 def run_chain(home) -> None:
-    """The runs of `make squad` in home: teacher, hybrid, small (compacted), filled; about 6 seconds."""
-    filling = "--fill --epochs 2 --lr 1e-3".split()
-    assert run_training(home, "teacher", "--epochs 10 --lr 3e-3".split()) == 0
-    assert run_training(home, "hybrid", HYBRID, init="teacher", teacher="teacher") == 0
-    assert run_compaction(home / "hybrid", home / "small") == 0
-    assert run_training(home, "filled", filling, init="small", teacher="teacher") == 0
+    """All of them; about 6 seconds."""
+    for name in CHAIN:
+        assert run_step(home, name) == 0
