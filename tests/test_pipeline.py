@@ -130,14 +130,15 @@ def test_a_run_leaves_these_files_and_results(chain, name, files, keys):
     assert results["density"] == nonzero / (2 * (4 * E * E + 2 * E * F))
 
 
-@pytest.mark.parametrize("name, questions", list(zip(CHAIN, (300, 300, None, 300))))
-def test_results_json_names_its_data(chain, name, questions):
-    """A compaction has no questions to train on."""
-    train = sha256(chain / "data/train-v1.1.json") if questions else None
-    assert read(chain / name / "results.json")["data"] == {
-        "name": "data", "builtin": True, "v2": False, "train_questions": questions,
-        "dev_questions": DEV,
-        "sha256": {"train": train, "dev": sha256(chain / "data/dev-v1.1.json")}}
+def test_results_json_names_its_data(chain):
+    train, dev = [sha256(chain / f"data/{part}-v1.1.json") for part in ("train", "dev")]
+    data = {"name": "data", "builtin": True, "v2": False, "train_questions": 300,
+            "dev_questions": DEV, "sha256": {"train": train, "dev": dev}}
+    for name in ("teacher", "hybrid", "filled"):
+        assert read(chain / name / "results.json")["data"] == data
+    # A compaction is not trained.
+    data.update(train_questions=None, sha256={"train": None, "dev": dev})
+    assert read(chain / "small/results.json")["data"] == data
 
 
 def test_run_json_has_settings_inputs_and_versions(chain):
@@ -156,26 +157,23 @@ def test_run_json_has_settings_inputs_and_versions(chain):
                                                         "dev file": dev}
 
 
-@pytest.mark.parametrize("name, part, r, c", [
-    ("query", "attention", 4, 6),
-    ("key", "attention", 4, 6),
-    ("value", "attention", 4, 6),
-    ("out", "attention", 6, 4),
-    ("fc1", "ffn", 1, E),
-    ("fc2", "ffn", E, 1),
-])
-def test_model_safetensors_is_w_times_mask(chain, name, part, r, c):
+def test_model_safetensors_is_w_times_mask(chain):
     """W′ = W ⊙ M: W′ from model.safetensors, W from pruning.safetensors, M from masks.json."""
     effective = matrices(chain / "hybrid")
     saved = read_safetensors(chain / "hybrid/pruning.safetensors")
-    place = f"bert.layers.{{}}.{part}.{name}"
-    for layer, rows in read(chain / "small/masks.json").items():
-        # A digit of the file is a block of M.
-        blocks = torch.tensor([[int(digit) for digit in row] for row in rows[name]])
-        M = blocks.repeat_interleave(r, dim=0).repeat_interleave(c, dim=1)
-        W = saved[place.format(layer) + ".parametrizations.weight.original"]
-        assert torch.equal(effective["bert." + HF_NAMES[place].format(layer) + ".weight"], W * M)
-        assert 0 < M.sum() < M.numel()
+    blocks = {"attention.query": (4, 6), "attention.key": (4, 6), "attention.value": (4, 6),
+              "attention.out": (6, 4), "ffn.fc1": (1, E), "ffn.fc2": (E, 1)}
+    for name, (r, c) in blocks.items():
+        place = f"bert.layers.{{}}.{name}"
+        for layer, rows in read(chain / "small/masks.json").items():
+            # A digit of the file is a block of M.
+            digits = [list(map(int, row)) for row in rows[name.split(".")[1]]]
+            grid = torch.tensor(digits)
+            M = grid.repeat_interleave(r, dim=0).repeat_interleave(c, dim=1)
+            W = saved[place.format(layer) + ".parametrizations.weight.original"]
+            hf_name = "bert." + HF_NAMES[place].format(layer) + ".weight"
+            assert torch.equal(effective[hf_name], W * M)
+            assert 0 < M.sum() < M.numel()
 
 
 def test_compaction_removes_heads_and_keeps_the_function(chain):
@@ -350,6 +348,18 @@ def test_what_is_scored_is_what_was_saved(chain, tmp_path, monkeypatch):
     assert not any(blockprune.masks(scored[0]))     # the model on disk has none
 
 
+def test_answers_at_a_wrong_offset_are_scored_and_not_learnt(copy, capsys):
+    for part in ("train", "dev"):
+        path = copy / f"data/{part}-v1.1.json"
+        tree = read(path)
+        question = tree["data"][0]["paragraphs"][0]["qas"][0]
+        question["answers"][0]["answer_start"] += 1
+        write_json(path, tree)
+    assert run_training(copy, "run", ["--epochs", "0.1"]) == 0
+    assert "1 skipped (no answer at its offset), 0 cut (too long)" in capsys.readouterr().out
+    assert read(copy / "run/predictions.json")[question["id"]] != ""
+
+
 # -------------------------------------------------------------------------- interrupted and killed
 
 STAGES = {
@@ -369,7 +379,7 @@ def train_stage(home, out, stage, flags=()):
 
 @pytest.fixture(scope="module")
 def whole(chain):
-    """What uninterrupted runs make, by their stage: those in chain/dense, chain/prune, chain/fill."""
+    """What uninterrupted runs make, by stage: those in chain/dense, chain/prune, chain/fill."""
     for stage in STAGES:
         assert train_stage(chain, chain / stage, stage) == 0
     return {stage: bits(chain / stage) for stage in STAGES}
@@ -721,13 +731,21 @@ def test_a_run_keeps_its_precision(chain, tmp_path, monkeypatch, capsys):
     assert precision_of("another", units={}) == "fp32"
 
 
-def test_all_seeds_have_the_same_dev_questions(chain, tmp_path):
-    asked = []
+def test_seeds_differ_in_training_questions_not_in_dev(chain, tmp_path, monkeypatch):
+    read_questions = []
+
+    def read_squad(*arguments, real=ts.read_squad):
+        squad = real(*arguments)
+        read_questions.append([question.id for question in squad.questions])
+        return squad
+
+    monkeypatch.setattr(ts, "read_squad", read_squad)
     for seed in ("17", "18"):
         flags = [*SHORT, "--seed", seed, "--dev-questions", "7"]
         assert run_training(chain, tmp_path / seed, flags) == 0
-        asked.append(list(read(tmp_path / seed / "predictions.json")))
-    assert asked[0] == asked[1] and len(asked[0]) == 7
+    train, dev, other_train, other_dev = read_questions
+    assert train != other_train and len(train) == 40
+    assert dev == other_dev and len(dev) == 7
 
 
 def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
