@@ -1,11 +1,10 @@
-"""blockprune.py with the `transformers` package: its Trainer, and a tiny LLaMA that generates.
+"""blockprune.py with the `transformers` package: its Trainer, its files, models that generate.
 
-The Trainer is that of tests/examples/trainer.py. The same masks come out however a step's batch is
-divided; a resumed run ends at the same bits; what is saved is what was trained. The LLaMA generates
-the same tokens masked, baked and cut.
+The Trainer is that of tests/examples/trainer.py, masks and models are those of huggingface.py there.
 """
 import copy
-import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,66 +12,50 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blockprune import (bake, cut_dimensions, cut_heads, density, mask_dimensions, mask_weight,
-                        masks, penalty, set_threshold, threshold_schedule)
+EXAMPLES = Path(__file__).resolve().parent / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parents[1])]
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 load_file = pytest.importorskip("safetensors.torch").load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "examples"))
-example = importlib.import_module("trainer")
+import huggingface
+import trainer as example
+from blockprune import (BlockMask, bake, cut_dimensions, cut_heads, density, mask_dimensions,
+                        mask_weight, masks, penalty, set_threshold, threshold_schedule)
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
+pytestmark = pytest.mark.hf
 
 
 def make_trainer(folder, head=transformers.BertForSequenceClassification, dropout=0.1,
                  **arguments):
     """A trainer of 8 steps of 8 sentences, of which 5 are an epoch. All is seeded."""
+    transformers.logging.disable_progress_bar()
     transformers.set_seed(0)
-    config = example.tiny_bert().config
+    config = huggingface.make_bert().config
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     config.is_decoder = head is transformers.BertLMHeadModel
-    model = example.put_masks_on(head(config))
-    data = example.sentences(60)
+    model = head(config)
+    huggingface.mask_bert(model)
+    data = example.rows(60)
     if config.is_decoder:
         for row in data:
             row["labels"] = row["input_ids"]    # as many labels in each batch
-    settings = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 3e-3,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    settings.update(arguments)
-    args = transformers.TrainingArguments(str(folder), **settings)
+    settings = {"max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 3e-3,
+                "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    args = transformers.TrainingArguments(str(folder), **{**settings, **arguments})
     trainer = example.PruningTrainer(model, args, train_dataset=data[:40], eval_dataset=data[40:])
     trainer.score_lr = 1.0      # so large that blocks go within 8 steps
     trainer.final_lambda = 1.0
     return trainer
 
 
-def assert_same_state(model, other):
-    state = model.state_dict()
-    other_state = other.state_dict()
-    assert state.keys() == other_state.keys()
-    for name in state:
-        assert torch.equal(state[name], other_state[name]), name
-
-
-def test_the_example_prunes_and_saves():
-    right, kept = example.main()
-    assert right > 0.95
-    assert kept["attention"] < 0.8
-    assert kept["ffn"] < 0.4
+def trained_scores(trainer):
+    """All scores after a training in fp64: Adam makes whole steps of what is rounding in fp32."""
+    trainer.model.double()
+    trainer.train()
+    assert 0.1 < density(trainer.model)["all"] < 0.9
+    return [mask.owner.scores.detach() for mask in masks(trainer.model)]
 
 
 # ---------------------------------------------------------------------------------- while it trains
@@ -83,63 +66,57 @@ def test_the_example_prunes_and_saves():
     pytest.param(True, transformers.BertLMHeadModel, id="used"),
     pytest.param(True, transformers.BertForSequenceClassification, id="not used"),
     pytest.param(False, transformers.BertForSequenceClassification, id="not taken")])
-def test_accumulated_batches_give_the_masks_of_one_batch(tmp_path, takes_items, head):
+def test_accumulated_batches_give_the_scores_of_one_batch(tmp_path, takes_items, head):
     scores = []
-    kept = []
     for batch, accumulated in ((8, 1), (4, 2)):
-        trainer = make_trainer(tmp_path, head=head, dropout=0.0, per_device_train_batch_size=batch,
+        trainer = make_trainer(tmp_path, head, dropout=0.0, per_device_train_batch_size=batch,
                                gradient_accumulation_steps=accumulated)
         trainer.model_accepts_loss_kwargs = takes_items
-        trainer.model.double()      # Adam makes whole steps of what is rounding in fp32
-        trainer.train()
-        scores.append([mask.owner.scores.detach() for mask in masks(trainer.model)])
-        kept.append([mask.block_mask() for mask in masks(trainer.model)])
-    assert 0.1 < density(trainer.model)["all"] < 0.9
-    for one, two in zip(*kept):
-        assert torch.equal(one, two)
-    for one, two in zip(*scores):
-        assert_close(one, two, rtol=0, atol=1e-6)
+        scores.append(trained_scores(trainer))
+    assert_close(scores[0], scores[1], rtol=0, atol=1e-6)
 
 
-class Watch(transformers.TrainerCallback):
-    """Notes τ after each step and each evaluation."""
-
-    def __init__(self):
-        self.trained = []
-        self.evaluated = []
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        self.trained.append(next(masks(model)).threshold.item())
-
-    def on_evaluate(self, args, state, control, model, **kwargs):
-        self.evaluated.append(next(masks(model)).threshold.item())
+def test_two_processes_give_the_scores_of_one(tmp_path):
+    """A step of two processes with 4 sentences each is that of 8 in one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*command, __file__, tmp_path], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                   check=True)
+    one = make_trainer(tmp_path, dropout=0.0)
+    expected = trained_scores(one)
+    for rank in (0, 1):
+        assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=0, atol=1e-6)
 
 
-def test_training_follows_the_schedule_and_evaluation_is_at_the_final_threshold(tmp_path):
-    watch = Watch()
-    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, eval_strategy="steps",
-                           eval_steps=2)
-    trainer.add_callback(watch)
+def test_tau_follows_the_schedule_and_is_final_in_evaluation(tmp_path):
+    trained = []
+    evaluated = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            trained.append(next(masks(model)).threshold.item())
+
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            evaluated.append(next(masks(model)).threshold.item())
+
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer.add_callback(Watch())
     trainer.train()
-    schedule = [threshold_schedule(step, 8, 0.4, 4) for step in range(8)]
-    assert watch.trained == pytest.approx(schedule)
-    assert schedule[0] < 0.05 and schedule[-1] == 0.1
-    assert watch.evaluated == pytest.approx([0.1] * 4)
+    assert trained == pytest.approx([threshold_schedule(step, 8, 0.4, 4) for step in range(8)])
+    assert evaluated == pytest.approx([0.1] * 4)
 
 
-def test_the_loss_has_the_penalty_in_training_alone(tmp_path):
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_has_the_penalty_in_training_alone(tmp_path, training):
     trainer = make_trainer(tmp_path, dropout=0.0)
-    trainer.state.max_steps = 8
-    trainer.state.global_step = 2
+    trainer.state.max_steps, trainer.state.global_step = 8, 2
     rows = trainer.train_dataset[:8]
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    tau = threshold_schedule(2, 8, 0.4, 4)
-    for training in (True, False):
-        trainer.model.train(training)
-        expected = trainer.model(**batch).loss
-        if training:
-            expected = expected + tau / 0.1 * penalty(trainer.model)
-        assert_close(trainer.compute_loss(trainer.model, batch), expected)
+    trainer.model.train(training)
+    expected = trainer.model(**batch).loss
+    if training:
+        tau = threshold_schedule(2, 8, 0.4, 4)
+        expected = expected + tau / 0.1 * penalty(trainer.model)
+    assert_close(trainer.compute_loss(trainer.model, batch), expected)
 
 
 # ------------------------------------------------------------------------------- stopped and saved
@@ -150,83 +127,63 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path):
     settings = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3)
     whole = make_trainer(tmp_path, **settings)
     whole.train()
-    checkpoint = tmp_path / "checkpoint-3"
-    assert checkpoint.is_dir()
     resumed = make_trainer(tmp_path / "resumed", **settings)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert 0.1 < density(whole.model)["all"] < 0.9
-    assert_same_state(whole.model, resumed.model)
-    for group, other in zip(whole.optimizer.param_groups, resumed.optimizer.param_groups):
-        for parameter, other_parameter in zip(group["params"], other["params"]):
-            moments = whole.optimizer.state[parameter]
-            for name, value in resumed.optimizer.state[other_parameter].items():
-                assert torch.equal(value, moments[name])
+    for one, other in ((whole.model, resumed.model), (whole.optimizer, resumed.optimizer)):
+        assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
-def test_what_is_saved_has_the_logits_of_the_masked_model(tmp_path):
+def test_masked_and_baked_models_open_with_the_same_logits(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()
     model = trainer.model.eval()
-    ids = torch.randint(40, (5, 12))
-    with torch.no_grad():
-        expected = model(ids).logits
-
-    # 1. The masked model, with scores and τ, loads into one that is masked alike.
     trainer.save_model(str(tmp_path / "masked"))
-    state = load_file(tmp_path / "masked" / "model.safetensors")
-    again = example.put_masks_on(example.tiny_bert()).eval()
-    again.load_state_dict(state, strict=True)
-    assert_same_state(model, again)
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, expected)
-    layer = again.bert.encoder.layer[0]
-    rows = layer.intermediate.dense.parametrizations.weight[0]
-    columns = layer.output.dense.parametrizations.weight[0]
-    assert rows.owner is columns.owner
-
-    # 2. A baked copy is an ordinary BERT.
     baked = bake(copy.deepcopy(model))
     baked.save_pretrained(tmp_path / "baked")
-    reloaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "baked").eval()
+
+    # Scores that are shared are in the file once, and are shared again in a model masked alike.
+    masked = huggingface.make_bert().eval()
+    huggingface.mask_bert(masked)
+    masked.load_state_dict(load_file(tmp_path / "masked" / "model.safetensors"), strict=True)
+    opened = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "baked")
+    ids = torch.randint(40, (5, 16))
     with torch.no_grad():
-        assert torch.equal(baked(ids).logits, expected)
-        assert torch.equal(reloaded(ids).logits, expected)
-        assert torch.equal(model(ids).logits, expected)     # the original has its masks still
-    assert len(list(masks(model))) == 12
+        expected = model(ids).logits
+        for other in (masked, baked, opened):
+            assert torch.equal(other(ids).logits, expected)
 
 
-# ------------------------------------------------------------------------------- a LLaMA generates
+def test_tied_embeddings_masked_alike_are_tied_when_opened(tmp_path):
+    model = make_model("llama", tie_word_embeddings=True)
+    owner = mask_weight(model.model.embed_tokens, (5, 16))
+    mask_weight(model.lm_head, (5, 16), share=owner)
+    set_threshold(model, 0.5)
+    owner.scores.data.normal_()
+    _, logits = generate(model)
+    bake(model).save_pretrained(tmp_path)
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight
+    assert 0.2 < (opened.lm_head.weight == 0).double().mean() < 0.8
+    assert torch.equal(generate(opened)[1], logits)
 
 
-def tiny_llama(biases, key_value_heads):
-    """A random LLaMA in fp64, where rounding cannot turn one token into another."""
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=44, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=key_value_heads, mlp_bias=biases,
-        attention_bias=biases, pad_token_id=0, bos_token_id=1, eos_token_id=None)
-    model = transformers.LlamaForCausalLM(config).double().eval()
+# ----------------------------------------------------------------------------- models that generate
+
+
+def make_model(name, **changes):
+    """A random model of 2 layers with 4 heads of 16, in fp64: rounding must not change a token."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=44, n_inner=44, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
     # Biases are not 0, and weights so large that the model has more than one word to say.
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" not in parameter_name and "ln_" not in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
-
-
-def attention_of(layer):
-    attention = layer.self_attn
-    return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-
-
-def put_random_masks_on(llama):
-    """About half of the blocks of attention and of the inner dimensions are pruned."""
-    for layer in llama.model.layers:
-        for linear in attention_of(layer):
-            mask_weight(linear, (4, 8), kind="attention")
-        mlp = layer.mlp
-        mask_dimensions(mlp.up_proj, mlp.down_proj, gate=mlp.gate_proj)
-    for mask in masks(llama):
-        mask.owner.scores.data.normal_(std=3)
-    set_threshold(llama, 0.5)
 
 
 def generate(model):
@@ -239,36 +196,67 @@ def generate(model):
     return output.sequences, torch.stack(output.logits)
 
 
-@pytest.mark.parametrize("key_value_heads", [4, 2])     # two of four: grouped-query attention
-@pytest.mark.parametrize("biases", [True, False])
-def test_a_llama_generates_the_same_masked_baked_and_cut(biases, key_value_heads):
-    torch.manual_seed(0)
-    model = tiny_llama(biases, key_value_heads)
-    dense_tokens, _ = generate(model)
-    put_random_masks_on(model)
-    # In each layer the values of the third head of four, which are two blocks high, are pruned.
+def mask_gated(model):
+    """Mask LLaMA and its like, whose feed-forward layers have a gate."""
     for layer in model.model.layers:
-        values = layer.self_attn.v_proj.parametrizations.weight[0]
-        values.scores.data[4:6] = -9
-    assert 0.3 < density(model)["all"] < 0.7
+        attention, mlp = layer.self_attn, layer.mlp
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+            mask_weight(linear, (16, 16), kind="attention")
+        mask_dimensions(mlp.up_proj, mlp.down_proj, gate=mlp.gate_proj)
 
-    # Masked.
+
+def cut_gated(model):
+    left = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        heads = range(4)
+        if attention.k_proj.out_features == 64:     # not in grouped-query attention
+            heads = cut_heads(attention.q_proj, attention.k_proj, attention.v_proj,
+                              attention.o_proj, head_size=16)
+        left.append((heads, cut_dimensions(mlp.up_proj, mlp.down_proj, mlp.act_fn,
+                                           gate=mlp.gate_proj)))
+    return left
+
+
+GATED = (mask_gated, cut_gated)
+GPT2 = (huggingface.mask_gpt2, huggingface.cut_gpt2)
+
+
+@pytest.mark.parametrize("name, changes, functions, all_heads", [
+    pytest.param("llama", {}, GATED, False, id="llama"),
+    pytest.param("llama", {"mlp_bias": True, "attention_bias": True}, GATED, False, id="biases"),
+    pytest.param("mistral", {"num_key_value_heads": 2}, GATED, True, id="grouped-query"),
+    pytest.param("gpt2", {}, GPT2, True, id="gpt2")])
+def test_a_model_generates_the_same_masked_baked_and_cut(name, changes, functions, all_heads):
+    model = make_model(name, **changes)
+    dense_tokens, _ = generate(model)
+    mask, cut = functions
+    mask(model)
+    # About half is pruned, and in LLaMA all that the third head gives to o_proj.
+    for path, module in model.named_modules():
+        if isinstance(module, BlockMask) and module.owner is module:
+            module.scores.data.normal_(std=3)
+            if "o_proj" in path:
+                module.scores.data[:, 2] = -9
+    set_threshold(model, 0.5)
+
     tokens, logits = generate(model)
     assert not torch.equal(tokens, dense_tokens)
     assert len(tokens[:, 5:].unique()) > 5
-    # Baked.
     bake(model)
     baked_tokens, baked_logits = generate(model)
     assert torch.equal(baked_tokens, tokens)
     assert torch.equal(baked_logits, logits)
-    # Cut: dimensions, and heads where each has keys and values of its own.
-    for layer in model.model.layers:
-        mlp = layer.mlp
-        left = len(cut_dimensions(mlp.up_proj, mlp.down_proj, mlp.act_fn, gate=mlp.gate_proj))
-        assert 10 < left < 34
-        assert mlp.up_proj.out_features == mlp.gate_proj.out_features == left
-        if key_value_heads == 4:
-            assert cut_heads(*attention_of(layer), head_size=8) == [0, 1, 3]
+    for heads, dimensions in cut(model):
+        assert (len(heads) == 4) == all_heads
+        assert 10 < len(dimensions) < 34
     cut_tokens, cut_logits = generate(model)
     assert torch.equal(cut_tokens, tokens)
     assert_close(cut_logits, logits, rtol=0, atol=1e-9)
+
+
+if __name__ == "__main__":      # one of two processes
+    folder = Path(sys.argv[1])
+    one_of_two = make_trainer(folder, dropout=0.0, per_device_train_batch_size=4)
+    assert one_of_two.args.world_size == 2
+    torch.save(trained_scores(one_of_two), folder / f"{one_of_two.args.process_index}.pt")

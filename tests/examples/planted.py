@@ -1,4 +1,10 @@
-"""A layer has sixteen blocks of weights, but only four matter. The learned mask finds them."""
+"""A layer has sixteen blocks of weights, but only four matter. The learned mask finds them.
+
+Needs torch alone: python tests/examples/planted.py
+"""
+import sys
+sys.path.append(sys.path[0] + "/../..")     # the folder of blockprune.py
+
 import torch
 from torch import nn
 import blockprune
