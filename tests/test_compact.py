@@ -26,6 +26,9 @@ from compact import (benchmark, check, compact, count_parameters, draw, flops, m
 from tiny import read, tiny_config
 from train_squad import Config, Squad, add_masks, write_results
 
+# Some random masks prune nothing, which bake() warns about.
+pytestmark = pytest.mark.filterwarnings("ignore:nothing is pruned")
+
 CASES = int(os.environ.get("FUZZ", 40))     # random models
 DEAD = -9.0                                 # a score that is pruned at τ = 0.1
 

@@ -788,7 +788,7 @@ def test_a_terminal_that_cannot_show_it_stops_no_run(chain, tmp_path, monkeypatc
 @pytest.mark.parametrize("flags, message", [
     ("--data {home}/nowhere", "nowhere: a folder with train-v1.1.json or"),
     ("--v2", "a folder with train-v2.0.json or train-v2.0.json.xz is needed"),
-    ("--teacher {home}/nowhere", "nowhere/config.json"),
+    ("--teacher {home}/nowhere", "nowhere: no model.safetensors"),
     ("--teacher {other}", "bert have different tokenizers"),
     ("--max-length 80", "--max-length 80 is over the model's 64"),
     ("--epochs 0.1", "--epochs 0.1 is less than two steps"),
