@@ -162,6 +162,11 @@ class BlockMask(nn.Module):
             return converted
         return super()._apply(at_least_fp32, recurse)
 
+    # load_state_dict(assign=True) may have put in scores of fp16.
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._apply(lambda tensor: tensor)
+
 
 class BiasMask(nn.Module):
     """The mask of a bias: an output that has no weight left loses its bias too, and so is 0.
