@@ -1,6 +1,4 @@
-"""Each example of tests/examples/ does what its first lines say. The tasks are made up, so the right
-answer is known; what is held is what an example prints.
-"""
+"""The examples of tests/examples/ print what they should: some is pruned, and the task solved."""
 import re
 import runpy
 import shutil
@@ -56,7 +54,7 @@ def test_a_classifier_solves_its_task_with_half_of_its_weights(run):
     assert_printed(run(EXAMPLES / "classification.py"), {
         "accuracy: #": (0.98, 1),
         "kept: # of attention, # of the FFN": (0.03, 0.6),
-        "left: [#, #] of 128": (5, 60)})
+        "left: [#, #] of 128": (3, 60)})
 
 
 def test_an_encoder_decoder_keeps_the_attention_it_needs(run):
@@ -73,8 +71,10 @@ def test_models_of_transformers_are_opened_cut_and_faster(run):
     pytest.importorskip("transformers")
     bert, gpt2 = run(EXAMPLES / "huggingface.py").split("GPT2")
     same = {"accuracy: #": (0.98, 1), "by the cut: #": (0, 1e-5)}
-    assert_printed(bert, {**same, "[(#, #), (#, #)]": (2, 100), "speed: #": (1.5, 20)})
+    assert_printed(bert, {**same, "[(#, #), (#, #)]": (1, 120), "speed: #": (1.3, 20)})
     assert_printed(gpt2, {**same, "[(4, #), (4, #)]": (20, 220), "speed: #": (1.05, 20)})
+    heads = re.findall(r"\((\d), ", bert)
+    assert sum(int(number) for number in heads) < 8     # of two layers with four
 
 
 @pytest.mark.hf
@@ -83,5 +83,5 @@ def test_the_trainer_prunes_while_it_solves_the_task(run):
     pytest.importorskip("accelerate")
     assert_printed(run(EXAMPLES / "trainer.py"), {
         "processes: 1, accuracy: #": (0.95, 1),
-        "kept: # of attention": (0.3, 0.9),
+        "kept: # of attention": (0.2, 0.9),
         "# of the FFN": (0.02, 0.4)})

@@ -1,4 +1,4 @@
-"""README.md and results/README.md name what exists: files, code, commands; the example is the file."""
+"""README.md and results/README.md name what exists: files, code, commands, the example."""
 import re
 from pathlib import Path
 

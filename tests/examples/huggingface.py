@@ -1,9 +1,8 @@
-"""Prune BERT and GPT-2 of `transformers`, which this needs, to the end: saved, opened, cut, timed.
+"""Prune BERT and GPT-2 to the end: saved, opened, cut, timed. Needs `transformers`.
 
-Masks go on the modules as they are. After bake() the model is an ordinary one with zeros in it, for
-save_pretrained() and from_pretrained(). The zeros say what can be removed: whoever opens the folder
-cuts the model, and gets the speed, and no more has to be stored. Save before the cut, since no
-config can say that the layers of a cut model differ in size.
+The masks go on the models as they are. After bake() a model is an ordinary one with zeros in it,
+for save_pretrained() and from_pretrained(). The zeros show what can be removed: cut the model after
+opening it. Save it before the cut, since no config of transformers has layers of different sizes.
 
 The models are small and random: in their place put from_pretrained("..."). The task is made up:
 which of four marks is in a sentence?
@@ -43,9 +42,9 @@ def mask_bert(model):
 
 
 def cut_bert(model):
-    """Remove what is empty. Which heads and dimensions are left, by layer.
+    """Remove what is empty; how many heads and dimensions are left, by layer.
 
-    Note: transformers has no layer of 0 heads. If one is left without any, lower λ of attention.
+    In transformers a layer cannot have 0 heads: where one has lost all of them, lower its λ.
     """
     left = []
     for layer in model.bert.encoder.layer:
@@ -54,7 +53,7 @@ def cut_bert(model):
                           layer.attention.output.dense, attention.attention_head_size)
         dimensions = cut_dimensions(layer.intermediate.dense, layer.output.dense,
                                     layer.intermediate.intermediate_act_fn)
-        left.append((heads, dimensions))
+        left.append((len(heads), len(dimensions)))
     return left
 
 
@@ -84,14 +83,14 @@ def as_linear(module):
 
 
 def cut_gpt2(model):
-    """As cut_bert(). Heads stay, since query, key and value are one matrix: split it to cut them."""
+    """As cut_bert(). Heads stay: query, key and value are one matrix, to be split before a cut."""
     left = []
     for layer in model.transformer.h:
         mlp = layer.mlp
         mlp.c_fc = as_linear(mlp.c_fc)
         mlp.c_proj = as_linear(mlp.c_proj)
         dimensions = cut_dimensions(mlp.c_fc, mlp.c_proj, mlp.act)
-        left.append((range(4), dimensions))
+        left.append((4, len(dimensions)))
     return left
 
 
@@ -119,10 +118,9 @@ def main(model, mask, cut, lambdas):
         small_times = timeit.repeat(lambda: small(tokens), number=1, repeat=9)
     accuracy = (logits.argmax(dim=1) == label).float().mean()
     difference = (logits - expected).abs().max()
-    sizes = [(len(heads), len(dimensions)) for heads, dimensions in left]
-    print(f"{type(model).__name__}")
+    print(type(model).__name__)
     print(f"  kept: {kept['attention']:.2f} of attention, {kept['ffn']:.2f} of the FFN")
-    print(f"  left of 4 heads and 256 inner dimensions, by layer: {sizes}")
+    print(f"  left of 4 heads and 256 inner dimensions, by layer: {left}")
     print(f"  accuracy: {accuracy:.3f}, logits moved by the cut: {difference:.0e}")
     print(f"  speed: {min(baked_times) / min(small_times):.2f} x")
 
