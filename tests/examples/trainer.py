@@ -1,7 +1,7 @@
 """Prune with the Trainer of `transformers`, on one process or several. Needs `accelerate` too.
 
     python tests/examples/trainer.py
-    torchrun --nproc_per_node=2 tests/examples/trainer.py     # or: accelerate launch
+    torchrun --nproc_per_node=2 tests/examples/trainer.py     # on GPUs also accelerate launch
 
 The subclass is all it takes. Put the masks on before the trainer is made. Then all is as usual:
 accumulation of gradients, evaluation, checkpoints, resume_from_checkpoint, several GPUs. But do not
@@ -67,6 +67,7 @@ def main():
     model = make_bert()
     mask_bert(model)
     with tempfile.TemporaryDirectory() as folder:
+        # Leave use_cpu out where there are GPUs.
         args = transformers.TrainingArguments(
             folder, max_steps=200, per_device_train_batch_size=16, learning_rate=1e-3,
             warmup_steps=10, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True)
