@@ -348,6 +348,18 @@ def test_what_is_scored_is_what_was_saved(chain, tmp_path, monkeypatch):
     assert not any(blockprune.masks(scored[0]))     # the model on disk has none
 
 
+def test_a_bert_without_qa_head_is_trained_and_not_filled(copy, capsys):
+    for name in ("bert", "small"):
+        path = copy / name / "model.safetensors"
+        tensors = read_safetensors(path)
+        del tensors["qa_outputs.weight"], tensors["qa_outputs.bias"]
+        write_safetensors(tensors, path)
+    assert run_training(copy, "run", SHORT) == 0
+    assert "fresh: ['qa_outputs.bias', 'qa_outputs.weight']" in capsys.readouterr().out
+    assert run_training(copy, "fill", [*SHORT, "--fill"], init="small") == 2
+    assert "missing ['qa_outputs.bias', 'qa_outputs.weight']" in error(capsys)
+
+
 def test_answers_at_a_wrong_offset_are_scored_and_not_learnt(copy, capsys):
     for part in ("train", "dev"):
         path = copy / f"data/{part}-v1.1.json"
