@@ -1190,7 +1190,7 @@ def run(config: Config, command: str) -> None:
 
 
 def data_name(config: Config, squad: Squad) -> str:
-    return "the built-in made-up corpus, NOT SQuAD," if squad.builtin else config.data
+    return "the built-in made-up corpus (NOT SQuAD)" if squad.builtin else config.data
 
 
 def ask(folder: str, passage_file: str, questions: list[str], config: Config) -> None:

@@ -845,7 +845,7 @@ def corpus(tmp_path_factory):
 def test_the_built_in_corpus_is_known_by_its_file(corpus, tmp_path):
     """And not by the name of its folder."""
     train, dev = corpus
-    assert ts.data_name(Config(), train) == "the built-in made-up corpus, NOT SQuAD,"
+    assert ts.data_name(Config(), train) == "the built-in made-up corpus (NOT SQuAD)"
     write_json(tmp_path / "dev.json", as_file({"one": ["x"]}, version="1.1"))
     assert ts.data_name(Config(data="builtin"), ts.read_squad(tmp_path, "dev.json")) == "builtin"
 
