@@ -34,7 +34,7 @@ ACTIVATIONS = {     # by all their names in HF
 
 @dataclasses.dataclass
 class BertConfig:
-    """The keys of Hugging Face's config.json, at the values of bert-base-uncased, and two of ours.
+    """Hugging Face's config.json, with the defaults of bert-base-uncased, and two keys of our own.
 
     heads, ffn: how many heads and FFN dimensions each layer has left, 0 allowed. None: all of them.
     """
@@ -71,7 +71,7 @@ class BertConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its own draw, which warns of empty matrices."""
+    """nn.Linear without its default initialisation, which warns about empty weights."""
 
     def reset_parameters(self):
         nn.init.zeros_(self.bias)
@@ -181,7 +181,7 @@ class Bert(nn.Module):
         positions = torch.arange(T, device=input_ids.device)
         x = self.word(input_ids) + self.position(positions) + self.token_type(token_type_ids)
         x = self.dropout(self.norm(x))                              # (B, T, E)
-        # True where a token may be looked at, the same for all heads and for all tokens that look.
+        # True where attention may go; broadcast over heads and queries.
         if attention_mask is not None:
             attention_mask = attention_mask.bool()[:, None, None, :]    # (B, 1, 1, T)
         for layer in self.layers:
@@ -197,7 +197,7 @@ class BertForQuestionAnswering(nn.Module):
         self.config = config
         self.bert = Bert(config)
         self.qa_outputs = Linear(config.hidden_size, 2)
-        # Weights are drawn as BERT's are, in the order of the modules, and biases are 0.
+        # Weights are drawn as in Hugging Face's BERT, in the order of the modules; biases are 0.
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)

@@ -10,8 +10,8 @@ SPDX-License-Identifier: MIT
 Copyright (c) 2026 The Block Pruning reference contributors, see LICENSE.
 
 A *block* is any r × c tile of a weight matrix: 1 × 1 is soft movement pruning, 32 × 32 block
-pruning, (head size, in) an attention head, (1, in) a row, (out, 1) a column. Each block has one
-learned number, its score. Hybrid pruning of a transformer adds to fine-tuning what is marked +:
+pruning, (head size, in) a head's rows of Q, K or V, (1, in) a row, (out, 1) a column. Each block
+has one learned number, its score. Hybrid pruning adds to fine-tuning what is marked +:
 
     for layer in model.layers:
         for linear in (layer.query, layer.key, layer.value, layer.out):         # + blocks
@@ -59,9 +59,9 @@ class StraightThrough(torch.autograd.Function):
         dL/dS = Σ over the block of dL/dW′ ⊙ W        (Sanh et al. 2020, eq. (2))
         dL/dW = dL/dW′ ⊙ M
 
-    Descent moves a weight that is kept by −rate · dL/dW′. Where this shrinks |W|, dL/dW′ ⊙ W is
+    A step changes a kept weight by −(learning rate) · dL/dW′. Where this shrinks |W|, dL/dW′ ⊙ W is
     positive and S falls; where it grows |W|, S rises: "movement pruning". Pruned weights get no
-    gradient, but their score does, since it has W in it and not W′: the block can come back.
+    gradient, but their score does, since its gradient has W, not W′: the block can come back.
     """
 
     @staticmethod
@@ -123,6 +123,7 @@ class BlockMask(nn.Module):
 
     def block_mask(self) -> Tensor:
         """M(S) on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉)."""
+        # All scores, also if FSDP2 shards them or the owner is on another device.
         scores = _whole(self.owner.scores).to(self.threshold.device)
         mask = StraightThrough.apply(scores, self.threshold)
         return mask.view(self.grid)         # the owner's may be (F, 1) where this is (1, F)
@@ -180,10 +181,10 @@ class BiasMask(nn.Module):
         self.output_dim = output_dim
 
     def forward(self, bias: Tensor) -> Tensor:
-        # Has an output any weight left? (Shapes are those of output_dim 0; (1,) stands for all.)
+        # An output is alive if any of its weights is kept.
         # Paper: no gradient goes from the bias to the scores ([R:modules/masked_nn.py], bias_mask).
-        mask = self.mask.weight_mask().detach()             # (R, C)
-        alive = mask.amax(dim=1 - self.output_dim)          # (R,)
+        mask = self.mask.weight_mask().detach()             # (R or 1, C or 1)
+        alive = mask.amax(dim=1 - self.output_dim)          # an entry per output, or one for all
         return bias * alive.to(bias.dtype)
 
 
@@ -201,7 +202,8 @@ def mask_weight(module: nn.Module, block: Sequence[int], *, weight: str = "weigh
     block, share, kind: see BlockMask. A block is a tile of the weight as it is stored.
     weight, bias: the names of the two parameters; bias="" leaves the bias without a mask.
     output_dim: the dimension of the weight that holds the outputs, 1 where weights are (in, out),
-        as in GPT-2. The length of the bias tells it, unless the weight is square.
+        as in GPT-2. By default it follows from the length of the bias; it has to be given for a
+        square weight of a class that is not torch's own.
     """
     output_dim = _check_maskable(module, weight, bias, output_dim)
     W = getattr(module, weight)
@@ -280,13 +282,12 @@ def set_threshold(model: nn.Module, threshold: float) -> None:
 def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> Tensor:
     """The penalty, a scalar, to be added to the loss as λ(t) · penalty.
 
-        of a kind   1/N Σ over its N owners of mean σ(S)
-        penalty     1/K Σ over the K kinds of λ_kind · that
+        mean of a kind     1/N Σ mean σ(S), over the N score tensors of the kind
+        penalty            1/K Σ λ_kind · mean of the kind, over the K kinds
 
-    ([R:patch_coordinator.py], regularization_loss; σ is in [R:modules/masked_nn.py].) Three means,
-    one in the other: a large matrix weighs no more than a small one. The push on one score is
-    λ · λ_kind · σ′(S) / (K · N · number of its owner's scores): λ must be found anew for each
-    model. It fades with σ′ as S falls, so a low score does not sink for ever.
+    ([R:patch_coordinator.py], regularization_loss; σ is in [R:modules/masked_nn.py].) So a large
+    matrix weighs no more than a small one, and λ must be found anew for each model: the push on one
+    score is λ · λ_kind · σ′(S) / (K · N · number of scores in its tensor).
     weights: λ_kind by kind, 1 where not given. If all are 1 the penalty starts at 0.5.
     """
     owners_by_kind: Dict[str, List[BlockMask]] = {}
@@ -299,10 +300,9 @@ def penalty(model: nn.Module, weights: Optional[Mapping[str, float]] = None) -> 
         if kind not in owners_by_kind:
             raise ValueError(f"no mask is of the kind {kind!r}: there are {sorted(owners_by_kind)}")
 
-    # λ_kind · the mean of a kind; and the mean of these.
     total = 0.0
     for kind, owners in owners_by_kind.items():
-        # The mean over a kind's owners, each of which is a mean over its blocks.
+        # The mean over a kind's score tensors, each of which is a mean over its blocks.
         kind_mean = sum(_whole(owner.scores).sigmoid().mean() for owner in owners) / len(owners)
         total = total + weights.get(kind, 1.0) * kind_mean
     return total / len(owners_by_kind)
@@ -362,9 +362,9 @@ def density(model: nn.Module) -> Dict[str, float]:
 def bake(model: nn.Module) -> nn.Module:
     """Fold every mask into its weight, in place: W becomes W ⊙ M(S), scores and masks are gone.
 
-    The model computes the same function, in plain modules, and an optimiser goes on with the same
-    parameters. But then zeros grow back at once, by momentum alone: cut before training on, or keep
-    the masks and freeze the scores. Under DDP wrap the model again. Warns where nothing is pruned.
+    The model computes the same function, in plain modules with the same parameters. Training on
+    lets zeros grow back at once, by the optimiser's momentum alone: cut first, or do not bake, and
+    freeze the scores. Under DDP wrap the model again. Warns if nothing is pruned.
     """
     for module in _check_bakeable(model):
         # 1. What the module sees, W ⊙ M(S) and the masked bias, goes into W and b themselves. A
@@ -395,23 +395,24 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
         rows of `value` all 0      its values are bᵥ at every token. Attention weights sum to 1, so
                                    the head's output is bᵥ too: it adds out[:, head] · bᵥ[head]
 
-    The constant goes into the bias of `out`. That is not exact where attention weights do not sum
-    to 1 (dropout of attention, sinks, rows with every key masked), or where more than V is summed
-    or scaled (relative values, output gates). It is not for grouped-query attention.
-    What else there is per head, such as ALiBi's slopes or Swin's table, has to be cut alike, and an
-    optimiser made anew: weights and biases are new parameters.
+    The constant goes into the bias of `out`. This is exact only if attention weights sum to 1 (not
+    with dropout of attention, sinks, or rows with every key masked) and if nothing but V is summed
+    or scaled (no relative values, no output gates). Grouped-query attention cannot be cut.
+    Cut other per-head state, such as ALiBi's slopes or Swin's table, to the heads returned, and
+    make the optimiser anew: weights and biases are new parameters.
     Differs: the reference removes a head as soon as query, key or value is empty. With an empty
     query or key the head still adds the mean of V: here it stays.
     """
     _check_layers([query, key, value], out, nn.Linear)
     H = value.out_features // head_size
-    # A head is needed where both its rows of V and its columns of O have something in them.
+    # A head is needed if both its rows of `value` and its columns of `out` have a weight left.
     rows_of_head = value.weight.view(H, head_size * value.in_features)      # (H, D · in)
     columns_of_head = out.weight.view(out.out_features, H, head_size)       # (E, H, D)
     kept_by_value = (rows_of_head != 0).any(dim=1)                          # (H,)
     kept_by_out = (columns_of_head != 0).any(dim=2).any(dim=0)              # (H,)
     kept = kept_by_value & kept_by_out
-    # The rows and columns of the others go. What `out` reads there is bᵥ, or does not matter.
+    # The rows and columns of the others go. If a head's rows of V are empty, `out` reads bᵥ there;
+    # if its columns of `out` are empty, what it reads there is multiplied by 0.
     kept_rows = kept.repeat_interleave(head_size)                           # (H · D,)
     _remove([query, key, value], out, kept_rows, constant=_bias_or_zeros(value))
     return kept.nonzero().flatten().tolist()
@@ -459,7 +460,7 @@ def _bias_or_zeros(linear: nn.Linear) -> Tensor:
 
 def _remove(before: Sequence[nn.Linear], after: nn.Linear, kept: Tensor, constant: Tensor) -> None:
     """Remove the dimensions between `before` and `after` where `kept` is false."""
-    # What `after` makes of the constant there goes into its bias, in fp64. Without one it gets one.
+    # bias of `after`  ←  bias + W[:, removed] · constant, in fp64. A missing bias is created.
     W = after.weight
     added = W.double()[:, ~kept] @ constant.double()[~kept]     # (out,)
     if added.any():

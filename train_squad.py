@@ -55,9 +55,9 @@ def setting(default, help_text: str, choices: tuple | None = None):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting; each is a flag of the command line. A default of None means what its help says.
+    """Every setting; each is a flag of the command line.
 
-    "preset" in a help text: PRESETS below has the value, by preset and stage of the run.
+    None stands for what the help has in parentheses. "(preset)": a value of PRESETS below.
     """
     data: str = setting("data/squad", "folder of train-v1.1.json and dev-v1.1.json, plain or .xz")
     init: str = setting("weights/minilm", "model folder to start from")
@@ -71,35 +71,70 @@ class Config:
     null_threshold: float = setting(0.0, "v2: no answer if [CLS] beats the best span by more")
     preset: str = setting("small", "where settings come from that are not given",
                           ("builtin", "small", "paper"))
-    questions: int | None = setting(None, "first n of the shuffled training questions (all)")
-    dev_questions: int | None = setting(None, "first n of the shuffled dev questions (all)")
+    questions: int | None = setting(None, "train on the first n of the shuffled questions (all)")
+    dev_questions: int | None = setting(None, "score on the first n of the shuffled dev questions (all)")
     max_length: int = setting(384, "word pieces per window [R:command_line.py]")
     stride: int = setting(128, "word pieces that windows share [R:command_line.py]")
     max_question: int = setting(64, "word pieces. Differs: longer questions are cut")
     max_answer: int = setting(30, "word pieces [R:qa_xp.py]")
-    seed: int = setting(17, "of everything random [R:command_line.py]")
+    seed: int = setting(17, "seed of everything random [R:command_line.py]")
     epochs: float | None = setting(None, "paper: 20 of pruning, 4 of filling (preset)")
     batch: int = setting(16, "windows per step; paper: 16")
-    lr: float | None = setting(None, "of the weights, at its peak; paper: 3e-5 (preset)")
-    score_lr: float | None = setting(None, "of the scores, at its peak; paper: 1e-2 (preset)")
-    warmup_steps: int | None = setting(None, "(5 %% of the run, 10 in a fill); paper: 5,400, 10")
+    lr: float | None = setting(None, "peak learning rate of the weights; paper: 3e-5 (preset)")
+    score_lr: float | None = setting(None, "peak learning rate of the scores; paper: 1e-2 (preset)")
+    warmup_steps: int | None = setting(
+        None, "warm-up of the learning rates; paper: 5,400, in a fill 10 (5 %% of the run, in a fill 10)")
     initial_warmup: float = setting(1.0, "τ is 0 for this · warmup_steps [R:command_line.py]")
     final_warmup: float = setting(10.0, "τ is final for this · warmup_steps [R:parameters.json]")
     threshold: float = setting(0.1, "final τ: a block is pruned if σ(S) ≤ τ [R:command_line.py]")
     final_lambda: float | None = setting(None, "λ at the final τ: higher keeps less (preset)")
     attention_lambda: float | None = setting(None, "factor on λ for attention (preset)")
     ffn_lambda: float | None = setting(None, "factor on λ for feed-forward layers (preset)")
-    alpha_ce: float = setting(0.1, "of cross entropy, with a teacher [R:command_line.py]")
-    alpha_kd: float = setting(0.9, "of distillation [R:command_line.py]")
-    temperature: float = setting(2.0, "of distillation [R:patch_coordinator.py]")
+    alpha_ce: float = setting(0.1, "weight of cross entropy, with a teacher [R:command_line.py]")
+    alpha_kd: float = setting(0.9, "weight of distillation [R:command_line.py]")
+    temperature: float = setting(2.0, "temperature of distillation [R:patch_coordinator.py]")
     attention_dropout: float | None = setting(
-        None, "paper: 0.1. Differs: 0, for speed on a CPU (preset)")
-    weight_decay: float = setting(0.0, "of matrices; paper: 0")
+        None, "dropout of attention weights; paper: 0.1. Differs: 0, for speed on a CPU (preset)")
+    weight_decay: float = setting(0.0, "weight decay of matrices; paper: 0")
     clip: float = setting(1.0, "largest norm of all gradients together; paper: 1")
-    precision: str | None = setting(None, "(bf16 where it is fast); paper: fp32", ("bf16", "fp32"))
-    device: str | None = setting(None, "(a GPU that works, else the CPU)", ("cpu", "cuda", "mps"))
+    precision: str | None = setting(None, "of products; paper: fp32 (bf16 where it is fast)", ("bf16", "fp32"))
+    device: str | None = setting(None, "where to compute (a GPU that works, else the CPU)", ("cpu", "cuda", "mps"))
     log_every: int = setting(20, "steps between two lines of the log")
     checkpoint_every: int = setting(300, "seconds between two checkpoints")
+
+# The settings that depend on the stage of a run: dense fine-tuning, pruning or filling.
+# λ does not carry over between models (see blockprune.penalty()), nor between lengths of training.
+# Short runs need a higher learning rate of the scores than the paper's, and on SQuAD a higher λ.
+PRESETS = {
+    "builtin": {
+        "dense": dict(epochs=3, lr=1e-4),
+        "prune": dict(epochs=2, lr=2e-4, score_lr=0.15, final_lambda=20),
+        "fill": dict(epochs=1, lr=2e-4),
+    },
+    "small": {
+        "dense": dict(epochs=3, lr=1e-4),
+        "prune": dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80),
+        "fill": dict(epochs=2, lr=1e-4),
+    },
+    "paper": {
+        "dense": dict(epochs=2, lr=3e-5),
+        "prune": dict(epochs=20, lr=3e-5, score_lr=0.01),
+        "fill": dict(epochs=4, lr=3e-5),
+    },
+}
+# Paper: λ of the authors' log, where BERT-base keeps about a quarter of the weights.
+PAPER_LAMBDAS = {
+    "hybrid": dict(final_lambda=20, ffn_lambda=0.25),       # 20 %, the headline; 26 % refilled
+    "block": dict(final_lambda=20),                         # 26 % at 32x32, 22 % at 8x8
+    # Their attention has 48 score tensors, four per layer; ours has 12, each for all four matrices.
+    # A mean over 12 pushes one score four times as hard as a mean over 48: as hard as their four
+    # scores of a head together. So their factor stays.
+    "struct": dict(final_lambda=2.5, attention_lambda=0.00156),
+    # Their 1x1 runs had one mean over all 72 tensors, 48 of attention and 24 of the feed-forward
+    # layers. Ours is half the mean over 48 and half the mean over 24:
+    # λ/72 for each tensor is factor · λ/(2 · 48) in attention, and factor · λ/(2 · 24) elsewhere.
+    "unstructured": dict(final_lambda=25, attention_lambda=2 * 48 / 72, ffn_lambda=2 * 24 / 72),
+}
 
 
 # --------------------------------------------------------------- the method on BERT: masks and loss
@@ -136,8 +171,8 @@ def add_masks(model: BertForQuestionAnswering, method: str, block: str) -> None:
         if attention.heads > 0:
             query = blockprune.mask_weight(attention.query, (r, c), kind="attention")
             # Differs: Struct has one score per head, shared by its four matrices. The reference
-            # scores each matrix apart and removes a head when Q, K or V is empty, which changes
-            # the function.
+            # scores each matrix apart, and removes a head if Q, K or V is empty: then the output
+            # changes.
             share = query if method == "struct" else None
             blockprune.mask_weight(attention.key, (r, c), share=share, kind="attention")
             blockprune.mask_weight(attention.value, (r, c), share=share, kind="attention")
@@ -164,7 +199,7 @@ def loss_terms(student_logits, teacher_logits, batch: dict,
     not depend on the rows beside it. In the reference padding takes part in them.
     """
     def log_softmax(logits):
-        # −∞ would make 0 · ∞, a NaN, of the KL; this has probability 0 as well.
+        # With −∞ the KL would be NaN there; this has probability 0 as well.
         padding = torch.finfo(torch.float32).min
         return logits.masked_fill(~batch["real"], padding).log_softmax(-1)      # (B, T)
 
@@ -178,10 +213,12 @@ def loss_terms(student_logits, teacher_logits, batch: dict,
         for student, teacher in zip(student_logits, teacher_logits):
             student_log_p = log_softmax(student.float() / temperature)
             teacher_log_p = log_softmax(teacher.float() / temperature)
-            kd = kd + functional.kl_div(student_log_p, teacher_log_p, reduction="batchmean",
-                                        log_target=True)
-    # Means of start and end. The square keeps the gradient's size whatever the temperature is.
-    return ce / 2, kd * temperature ** 2 / 2
+            kl = functional.kl_div(student_log_p, teacher_log_p, reduction="batchmean",
+                                   log_target=True)
+            # The square keeps the gradient's size, whatever the temperature is.
+            kd = kd + temperature ** 2 * kl
+    # Means of start and end.
+    return ce / 2, kd / 2
 
 
 # ------------------------------------------------------------------ the method on BERT: one step
@@ -213,7 +250,7 @@ def step_loss(model: BertForQuestionAnswering, batch: dict, teacher_logits, step
               config: Config, total: int, warmup: int) -> dict:
     """The first half of a training step: from setting τ to the loss with all its terms.
 
-    What stands under `if pruning:` is all that pruning adds to fine-tuning.
+    What stands under `if pruning:` is all that pruning adds to this function.
     batch: see Features.batch(). teacher_logits: a pair, each (B, T), or None. total, warmup: steps.
     Returns "loss", whose gradient is wanted, and what it is made of.
     """
@@ -224,7 +261,7 @@ def step_loss(model: BertForQuestionAnswering, batch: dict, teacher_logits, step
         tau, lam = threshold_and_lambda(step, config, total, warmup)
         blockprune.set_threshold(model, tau)
 
-    # Forward. The masks act in here, though no line of the model mentions them: see mask_weight().
+    # Forward, with the masks in it.
     with autocast(config):
         student_logits = model(batch["ids"], batch["types"], batch["real"])
 
@@ -234,7 +271,7 @@ def step_loss(model: BertForQuestionAnswering, batch: dict, teacher_logits, step
     if teacher_logits is not None:
         loss = config.alpha_ce * ce + config.alpha_kd * kd
 
-    # And the penalty, λ · mean σ(S), which pushes all scores down.
+    # And the penalty, λ(t) · the mean of σ(S) by kind, which pushes all scores down.
     penalty = torch.zeros(())
     if pruning:
         factors = {"attention": config.attention_lambda, "ffn": config.ffn_lambda}
@@ -264,7 +301,8 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
           features: "Features", config: Config) -> float:
     """Fine-tune or, with masks on the model, fine-prune. Goes on from the checkpoint, if any.
 
-    Returns the seconds that the steps took. Raises ValueError if the loss is no longer a number.
+    Returns the seconds that the steps took. Raises ValueError if the loss or the gradient is not
+    finite where a line is logged or a checkpoint written.
     """
     out = Path(config.out)
     total, warmup = count_steps(config, len(features))
@@ -274,7 +312,7 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
     optimizer = make_optimizer(model, config)
     first_step, seconds_before = restore(out, model, optimizer, config.device)
 
-    # The teacher does not learn, and sees no dropout: each window is shown to it once.
+    # The teacher's logits never change: they are computed once, before training.
     all_teacher_logits = None
     if teacher is not None and first_step < total:
         all_teacher_logits = logits_of_teacher(teacher, features, config)      # (windows, 2, T)
@@ -304,13 +342,7 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
             stop_if_not_finite(terms["loss"], norm, done, out)
         if log_now:
             speed = (done - first_step) * config.batch / (now - began)
-            line = {"step": done}
-            for name in ("loss", "ce", "kd", "penalty"):
-                line[name] = terms[name].item()
-            line.update(threshold=terms["threshold"], density=blockprune.density(model),
-                        lr=optimizer.param_groups[0]["lr"], examples_per_second=speed)
-            line["lambda"] = terms["lambda"]
-            write_log(out, line, total, config)
+            write_log(out, done, total, terms, model, optimizer, speed, config)
         if save_now:
             save_checkpoint(out, model, optimizer, config.device, done, seconds_before + now - began)
             saved = now
@@ -326,7 +358,7 @@ def count_steps(config: Config, windows: int) -> tuple[int, int]:
     total = round(config.epochs * math.ceil(windows / config.batch))
     if total < 2:
         raise ValueError(f"--epochs {config.epochs} is less than two steps")
-    # Paper: 10 steps of warm-up in a fill, and 5,400 of 110,660, which is 5 %, in pruning.
+    # Paper: 10 steps of warm-up in a fill, and 5,400 of 110,660 in pruning, about 5 %.
     warmup = config.warmup_steps
     if warmup is None:
         warmup = 10 if config.fill else round(0.05 * total)
@@ -344,14 +376,6 @@ def make_optimizer(model: BertForQuestionAnswering, config: Config) -> torch.opt
     for group in groups:
         group["peak_lr"] = group["lr"]
     return torch.optim.AdamW(groups, fused=True)
-
-
-def stop_if_not_finite(loss: torch.Tensor, norm: torch.Tensor, step: int, out: Path) -> None:
-    if math.isfinite(loss.item()) and math.isfinite(norm.item()):
-        return
-    raise ValueError(f"{out}: stopped at step {step}: loss {loss.item():.3g}, gradient norm "
-                     f"{norm.item():.3g}. The checkpoint, if any, is from an earlier step. Try a "
-                     "lower --lr, or --precision fp32")
 
 
 @torch.no_grad()
@@ -395,42 +419,10 @@ def refill(model: BertForQuestionAnswering) -> None:
 
 
 # ==================================================================================================
-# A reader of the paper may stop here. What follows is what any fine-tuning on SQuAD needs.
+# A reader of the paper may stop here. What follows fills in settings, reads and scores SQuAD, and
+# looks after run folders: what any fine-tuning needs.
 # ==================================================================================================
-# ----------------------------------------------------------------------------------------- presets
-
-# λ does not carry over between models (see blockprune.penalty()), nor between lengths of training.
-# Short runs need a higher learning rate of the scores than the paper's, and on SQuAD a higher λ.
-PRESETS = {
-    "builtin": {
-        "dense": dict(epochs=3, lr=1e-4),
-        "prune": dict(epochs=2, lr=2e-4, score_lr=0.15, final_lambda=20),
-        "fill": dict(epochs=1, lr=2e-4),
-    },
-    "small": {
-        "dense": dict(epochs=3, lr=1e-4),
-        "prune": dict(epochs=3, lr=1e-4, score_lr=0.05, final_lambda=80),
-        "fill": dict(epochs=2, lr=1e-4),
-    },
-    "paper": {
-        "dense": dict(epochs=2, lr=3e-5),
-        "prune": dict(epochs=20, lr=3e-5, score_lr=0.01),
-        "fill": dict(epochs=4, lr=3e-5),
-    },
-}
-# Paper: λ of the authors' log, where BERT-base keeps about a quarter of the weights.
-PAPER_LAMBDAS = {
-    "hybrid": dict(final_lambda=20, ffn_lambda=0.25),       # 20 %, the headline; 26 % refilled
-    "block": dict(final_lambda=20),                         # 26 % at 32x32, 22 % at 8x8
-    # Their attention has 48 score tensors, four per layer; ours has 12, each for all four matrices.
-    # A mean over 12 pushes one score four times as hard as a mean over 48: as hard as their four
-    # scores of a head together. So their factor stays.
-    "struct": dict(final_lambda=2.5, attention_lambda=0.00156),
-    # Their 1x1 runs had one mean over all 72 tensors, 48 of attention and 24 of the feed-forward
-    # layers. Ours is half the mean over 48 and half the mean over 24:
-    # λ/72 for each tensor is factor · λ/(2 · 48) in attention, and factor · λ/(2 · 24) elsewhere.
-    "unstructured": dict(final_lambda=25, attention_lambda=2 * 48 / 72, ffn_lambda=2 * 24 / 72),
-}
+# -------------------------------------------------------------------------------- settings, filled in
 
 
 def fill_in(config: Config) -> Config:
@@ -912,15 +904,31 @@ def autocast(config: Config):
 # ------------------------------------------------------------------- run folders: while it trains
 
 
-def write_log(out: Path, line: dict, total: int, config: Config) -> None:
-    """Append a line to log.jsonl, and print its main numbers."""
+def stop_if_not_finite(loss: torch.Tensor, norm: torch.Tensor, step: int, out: Path) -> None:
+    if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+        return
+    raise ValueError(f"{out}: stopped at step {step}: loss {loss.item():.3g}, gradient norm "
+                     f"{norm.item():.3g}. The checkpoint, if any, is from an earlier step. Try a "
+                     "lower --lr, or --precision fp32")
+
+
+def write_log(out: Path, step: int, total: int, terms: dict, model, optimizer, speed: float,
+              config: Config) -> None:
+    """Append a line to log.jsonl, and print its main numbers. terms: see step_loss()."""
+    line = {"step": step}
+    for name in ("loss", "ce", "kd", "penalty"):
+        line[name] = terms[name].item()
+    for name in ("threshold", "lambda"):
+        line[name] = terms[name]
+    line["density"] = blockprune.density(model)
+    line["lr"] = optimizer.param_groups[0]["lr"]
+    line["examples_per_second"] = speed
     with open(out / "log.jsonl", "a", encoding="utf-8") as log:
         print(json.dumps(line), file=log)
-    text = f"{out.name} {line['step']}/{total}  loss {line['loss']:.3f}  ce {line['ce']:.3f}"
+    text = f"{out.name} {step}/{total}  loss {line['loss']:.3f}  ce {line['ce']:.3f}"
     if line["density"]:
         text += f"  τ {line['threshold']:.3f}  density {line['density']['all']:.3f}"
-    speed = line["examples_per_second"]
-    minutes_left = (total - line["step"]) * config.batch / speed / 60
+    minutes_left = (total - step) * config.batch / speed / 60
     print(f"{text}  {speed:.1f} examples/s, {minutes_left:.1f} min left", flush=True)
 
 
@@ -1265,7 +1273,7 @@ def exit_status(work, *arguments) -> int:
             stream.reconfigure(errors="replace")
     try:
         work(*arguments)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         print(f"error: the GPU is full; a smaller --batch or --max-length needs less: "
               f"{str(error).splitlines()[0]}", file=sys.stderr)
         return 2
