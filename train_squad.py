@@ -1273,10 +1273,6 @@ def exit_status(work, *arguments) -> int:
             stream.reconfigure(errors="replace")
     try:
         work(*arguments)
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"error: the GPU is full; a smaller --batch or --max-length needs less: "
-              f"{str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

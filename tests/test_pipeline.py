@@ -852,16 +852,6 @@ def test_a_pickle_runs_no_code_and_is_kept(copy, monkeypatch, capsys, file):
     assert not (copy / "made-by-code").exists()
 
 
-def test_a_full_gpu_is_one_line(chain, tmp_path, monkeypatch, capsys):
-    def step_loss(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
-
-    monkeypatch.setattr(ts, "step_loss", step_loss)
-    assert train_stage(chain, tmp_path / "run", "dense") == 2
-    assert error(capsys) == ("error: the GPU is full; a smaller --batch or --max-length needs less:"
-                             " CUDA out of memory. Tried")
-
-
 def test_a_compaction_that_is_another_function_is_not_written(chain, tmp_path, monkeypatch, capsys):
     def wrong(model, right=compact.compact):
         small = right(model)

@@ -58,7 +58,7 @@ def test_a_table_holds_each_model_against_its_control(tmp_path, monkeypatch):
         figures.gain("X", "C")
 
 
-def test_a_random_shape_is_the_dense_model_without_some_heads_and_dimensions():
+def test_a_random_shape_is_the_dense_model_with_parts_removed():
     torch.manual_seed(0)
     dense = BertForQuestionAnswering(BertConfig(10, **SIZES))
     shape = BertConfig(10, **SIZES, heads=[2, 0], ffn=[7, 20])
@@ -104,7 +104,7 @@ def test_a_run_is_kept_with_its_moments(run, tmp_path):
     assert "<svg" in pictures.moments_picture(six, 3, "title")
 
 
-def test_six_moments_are_the_nearest_to_the_rise_of_the_threshold():
+def test_moments_are_the_nearest_to_six_of_the_schedule():
     taus = [0, 0, 0, 0.02, 0.04, 0.06, 0.08, 0.09, 0.1, 0.1, 0.1]
     log = [{"step": 10 * n, "threshold": tau} for n, tau in enumerate(taus)]
     found = moments.six([{"step": step} for step in range(4, 104, 9)], log)
