@@ -69,10 +69,10 @@ class Config:
     fill: bool = setting(False, "refill a compacted model: noise for zeros, then fine-tuning")
     v2: bool = setting(False, "SQuAD 2.0: a question may have no answer")
     null_threshold: float = setting(0.0, "v2: no answer if [CLS] beats the best span by more")
-    preset: str = setting("small", "where settings come from that are not given",
+    preset: str = setting("small", "gives the values that are left out; see PRESETS",
                           ("builtin", "small", "paper"))
     questions: int | None = setting(None, "train on the first n of the shuffled questions (all)")
-    dev_questions: int | None = setting(None, "score on the first n of the shuffled dev questions (all)")
+    dev_questions: int | None = setting(None, "the same for the dev questions (all)")
     max_length: int = setting(384, "word pieces per window [R:command_line.py]")
     stride: int = setting(128, "word pieces that windows share [R:command_line.py]")
     max_question: int = setting(64, "word pieces. Differs: longer questions are cut")
@@ -83,7 +83,7 @@ class Config:
     lr: float | None = setting(None, "peak learning rate of the weights; paper: 3e-5 (preset)")
     score_lr: float | None = setting(None, "peak learning rate of the scores; paper: 1e-2 (preset)")
     warmup_steps: int | None = setting(
-        None, "warm-up of the learning rates; paper: 5,400, in a fill 10 (5 %% of the run, in a fill 10)")
+        None, "of the learning rates; paper: 5,400, in a fill 10 (5 %% of the run, in a fill 10)")
     initial_warmup: float = setting(1.0, "τ is 0 for this · warmup_steps [R:command_line.py]")
     final_warmup: float = setting(10.0, "τ is final for this · warmup_steps [R:parameters.json]")
     threshold: float = setting(0.1, "final τ: a block is pruned if σ(S) ≤ τ [R:command_line.py]")
@@ -97,10 +97,13 @@ class Config:
         None, "dropout of attention weights; paper: 0.1. Differs: 0, for speed on a CPU (preset)")
     weight_decay: float = setting(0.0, "weight decay of matrices; paper: 0")
     clip: float = setting(1.0, "largest norm of all gradients together; paper: 1")
-    precision: str | None = setting(None, "of products; paper: fp32 (bf16 where it is fast)", ("bf16", "fp32"))
-    device: str | None = setting(None, "where to compute (a GPU that works, else the CPU)", ("cpu", "cuda", "mps"))
+    precision: str | None = setting(None, "of products; paper: fp32 (bf16 where it is fast)",
+                                    ("bf16", "fp32"))
+    device: str | None = setting(None, "where to compute (a GPU that works, else the CPU)",
+                                 ("cpu", "cuda", "mps"))
     log_every: int = setting(20, "steps between two lines of the log")
     checkpoint_every: int = setting(300, "seconds between two checkpoints")
+
 
 # The settings that depend on the stage of a run: dense fine-tuning, pruning or filling.
 # λ does not carry over between models (see blockprune.penalty()), nor between lengths of training.
@@ -422,7 +425,8 @@ def refill(model: BertForQuestionAnswering) -> None:
 # A reader of the paper may stop here. What follows fills in settings, reads and scores SQuAD, and
 # looks after run folders: what any fine-tuning needs.
 # ==================================================================================================
-# -------------------------------------------------------------------------------- settings, filled in
+
+# ------------------------------------------------------------------------------ settings, filled in
 
 
 def fill_in(config: Config) -> Config:
