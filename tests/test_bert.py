@@ -83,6 +83,7 @@ def test_golden(dtype, atol):
     close(torch.stack(model(*INPUTS))[:, REAL], LOGITS[:, REAL], atol)
 
 
+@pytest.mark.hf
 @pytest.mark.parametrize("kind, act", [
     *[("ForQuestionAnswering", act) for act in ("gelu", "relu", "gelu_new", "swish")],
     ("ForPreTraining", "gelu"), ("Model", "gelu"),
@@ -367,6 +368,7 @@ def test_a_tokenizer_is_what_its_folder_says(tmp_path, options, expected):
     assert same_tokenizer(folder, plain) == (options == {})
 
 
+@pytest.mark.hf
 @pytest.mark.parametrize("options, expected", TOKENIZERS)
 def test_live_tokenizer(tmp_path, options, expected):
     """transformers makes the same ids of our copies of a folder, and we of what it saves."""
@@ -474,6 +476,7 @@ def test_safetensors_round_trip(tmp_path):
         close(read_safetensors(tmp_path / "file"), tensors)
 
 
+@pytest.mark.hf
 def test_live_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     write_safetensors(TENSORS, tmp_path / "ours")
