@@ -547,7 +547,9 @@ def read_squad(folder: str | Path, name: str, limit: int | None = None,
     # A smaller limit takes the first of those that a larger one takes.
     if limit is not None:
         random.Random(seed).shuffle(squad.questions)
-        del squad.questions[limit:]
+        del squad.questions[max(0, limit):]
+    if not squad.questions:
+        raise ValueError(f"{path}: no question is left")
     return squad
 
 
