@@ -1215,6 +1215,8 @@ def ask(folder: str, passage_file: str, questions: list[str], config: Config) ->
     config = fill_in(config)
     with reading(passage_file):
         passage = Path(passage_file).read_text(encoding="utf-8")
+    for question in questions:
+        question.encode()       # bytes that are not UTF-8 are an error here
     asked = [Question(str(i), question, 0, []) for i, question in enumerate(questions)]
     features = Features(Squad([passage], asked), load_tokenizer(folder), config, training=False)
     if features.cut > 0:

@@ -320,6 +320,13 @@ def test_ask_names_the_file_that_it_cannot_read(copy, capsys, folder, passage, m
     assert message in error(capsys)
 
 
+def test_ask_refuses_a_question_that_is_no_text(chain, capsys):
+    """Bytes of a command line that are not UTF-8 come as halves of surrogate pairs."""
+    passage = chain / "data/dev-v1.1.json"
+    assert ts.main(["--ask", f"{chain}/small", str(passage), "who?", "caf\udce9?"]) == 2
+    assert "surrogates not allowed" in error(capsys)
+
+
 def test_score_gives_what_results_json_has(chain, tmp_path, capsys):
     results = read(chain / "teacher/results.json")
     dev_file = f"{chain}/data/dev-v1.1.json"
