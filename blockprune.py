@@ -465,7 +465,8 @@ def _remove(before: Sequence[nn.Linear], after: nn.Linear, kept: Tensor, constan
     added = W.double()[:, ~kept] @ constant.double()[~kept]     # (out,)
     if added.any():
         bias = _bias_or_zeros(after).double() + added
-        after.bias = nn.Parameter(bias.to(W.dtype), W.requires_grad)
+        trained = W if after.bias is None else after.bias       # what is frozen stays frozen
+        after.bias = nn.Parameter(bias.to(W.dtype), trained.requires_grad)
     # The columns of `after` go, and the rows of `before` with their biases.
     after.weight = nn.Parameter(W[:, kept], W.requires_grad)
     after.in_features = after.weight.shape[1]

@@ -680,6 +680,19 @@ def test_dimensions_are_cut_by_hand():
     assert [fc1.out_features, fc2.in_features] == [1, 1]
 
 
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_what_is_frozen_stays_frozen_when_it_is_cut(trained):
+    fc1 = linear_of([[0.0, 0], [1, 2]], [5.0, 6])
+    fc2 = linear_of([[1.0, 10]], [100.0])
+    for linear in (fc1, fc2):
+        linear.weight.requires_grad_(trained == "weight")
+        linear.bias.requires_grad_(trained == "bias")
+    cut_dimensions(fc1, fc2, torch.relu)
+    for linear in (fc1, fc2):
+        assert linear.weight.requires_grad == (trained == "weight")
+        assert linear.bias.requires_grad == (trained == "bias")
+
+
 def test_a_layer_may_lose_all_its_dimensions():
     fc1 = linear_of([[0.0, 0], [0, 0]], [5.0, 6])
     fc2 = linear_of([[1.0, 10]], [100.0])
