@@ -364,7 +364,8 @@ def bake(model: nn.Module) -> nn.Module:
 
     The model computes the same function, in plain modules with the same parameters. Training on
     lets zeros grow back at once, by the optimiser's momentum alone: cut first, or do not bake, and
-    freeze the scores. Under DDP wrap the model again. Warns if nothing is pruned.
+    freeze the scores. Under DDP wrap the model again. Bake and save whole models: a part without
+    the owner of its scores has none in its state_dict. Warns if nothing is pruned.
     """
     for module in _check_bakeable(model):
         # 1. What the module sees, W ⊙ M(S) and the masked bias, goes into W and b themselves. A
