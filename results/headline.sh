@@ -23,9 +23,12 @@ train --init weights/minilm --epochs 2 --out "$runs/dense-2"
 train --init "$runs/dense-2" --teacher "$runs/dense-2" --epochs 4 --out "$runs/dense-6"
 teacher=$runs/dense-6
 
-# Pruned, compacted, refilled.
+# Pruned, compacted, refilled. Beside the pruning the masks of its checkpoints are kept, for a
+# picture of the heads going. What keeps them ends when the pruning has ended.
+"$python" results/moments.py "$runs/hybrid-10" &
+trap 'kill $! 2> /dev/null || true' EXIT
 train --init "$teacher" --teacher "$teacher" --method hybrid --epochs 10 --score-lr 0.02 \
-  --final-lambda 20 --out "$runs/hybrid-10"
+  --final-lambda 20 --checkpoint-every 120 --out "$runs/hybrid-10"
 run compact.py "$runs/hybrid-10" --data "$data" --out "$runs/hybrid-10-compact"
 train --init "$runs/hybrid-10-compact" --teacher "$teacher" --fill --epochs 4 \
   --out "$runs/hybrid-10-filled"
