@@ -71,7 +71,7 @@ class BertConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its default initialisation, which warns about empty weights."""
+    """nn.Linear without its default initialisation, which warns about weights without elements."""
 
     def reset_parameters(self):
         nn.init.zeros_(self.bias)
@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
         q = self.query(x).view(B, T, self.heads, -1).transpose(1, 2)        # (B, H, T, D)
         k = self.key(x).view(B, T, self.heads, -1).transpose(1, 2)
         v = self.value(x).view(B, T, self.heads, -1).transpose(1, 2)
-        # As in BERT, dropout acts on the attention weights, so it hides tokens from each other.
+        # As in BERT, dropout acts on the attention weights.
         dropout = self.dropout if self.training else 0.0
         x = scaled_dot_product_attention(q, k, v, attention_mask, dropout)
         x = x.transpose(1, 2).flatten(2)                                    # (B, T, H · D)

@@ -261,8 +261,9 @@ def threshold_schedule(step: int, total: int, flat_start: float, flat_end: float
 
     (Sanh et al. 2020, eq. (5); [R:patch_coordinator.py], schedule_threshold.) λ follows τ, as
     λ(t) = λ · τ(t) / final. flat_start, flat_end: for how many of the `total` steps τ is flat at
-    either end; in the paper, multiples of the learning rate's warm-up. Differs: with no steps left
-    for the rise, the reference jumps to the final τ, or never leaves the initial one.
+    either end; in the paper, multiples of the learning rate's warm-up. Differs: if no steps are
+    left for the rise, the reference jumps to the final τ, or never leaves the initial one; here
+    this is a ValueError.
     """
     rising = total - flat_start - flat_end
     if rising <= 1:         # a rise of one step would be a jump
@@ -364,8 +365,8 @@ def bake(model: nn.Module) -> nn.Module:
 
     The model computes the same function, in plain modules with the same parameters. Training on
     lets zeros grow back at once, by the optimiser's momentum alone: cut first, or do not bake, and
-    freeze the scores. Under DDP wrap the model again. Bake and save whole models: a part without
-    the owner of its scores has none in its state_dict. Warns if nothing is pruned.
+    freeze the scores. Under DDP wrap the model again. Bake and save whole models: the state_dict of
+    a part lacks the scores of an owner outside it. Warns if nothing is pruned.
     """
     for module in _check_bakeable(model):
         # 1. What the module sees, W ⊙ M(S) and the masked bias, goes into W and b themselves. A
@@ -374,8 +375,8 @@ def bake(model: nn.Module) -> nn.Module:
         for name, chain in module.parametrizations.items():
             chain.original.copy_(getattr(module, name))
             originals[name] = chain.original
-        # 2. torch made nn.Linear a ParametrizedLinear(nn.Linear): go back to the base. Note: its
-        #    remove_parametrizations() changes that class, and breaks copies of the model with it.
+        # 2. torch made nn.Linear a ParametrizedLinear(nn.Linear): go back to the base. Note:
+        #    remove_parametrizations() would edit that class, which copies of the model share.
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
         # 3. W and b are ordinary parameters of the module again.
@@ -395,10 +396,11 @@ def cut_heads(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear
         columns of `out` all 0     the head adds nothing
         rows of `value` all 0      its values are bᵥ at every token. Attention weights sum to 1, so
                                    the head's output is bᵥ too: it adds out[:, head] · bᵥ[head]
+                                   (0 if a BiasMask has masked bᵥ)
 
     The constant goes into the bias of `out`. This is exact only if attention weights sum to 1 (not
-    with dropout of attention, sinks, or rows with every key masked) and if nothing but V is summed
-    or scaled (no relative values, no output gates). Grouped-query attention cannot be cut.
+    with dropout of attention, sinks, or rows with every key masked) and if a head's output is
+    attention · V alone (no relative values, no output gates). Not for grouped-query attention.
     Cut other per-head state, such as ALiBi's slopes or Swin's table, to the heads returned, and
     make the optimiser anew: weights and biases are new parameters.
     Differs: the reference removes a head as soon as query, key or value is empty. With an empty

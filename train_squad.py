@@ -57,7 +57,7 @@ def setting(default, help_text: str, choices: tuple | None = None):
 class Config:
     """Every setting; each is a flag of the command line.
 
-    None stands for what the help has in parentheses. "(preset)": a value of PRESETS below.
+    None stands for what the help has in parentheses. "(preset)": see PRESETS and fill_in().
     """
     data: str = setting("data/squad", "folder of train-v1.1.json and dev-v1.1.json, plain or .xz")
     init: str = setting("weights/minilm", "model folder to start from")
@@ -83,7 +83,7 @@ class Config:
     lr: float | None = setting(None, "peak learning rate of the weights; paper: 3e-5 (preset)")
     score_lr: float | None = setting(None, "peak learning rate of the scores; paper: 1e-2 (preset)")
     warmup_steps: int | None = setting(
-        None, "of the learning rates; paper: 5,400, in a fill 10 (5 %% of the run, in a fill 10)")
+        None, "of the learning rates; paper: 5,400 (5 %% of the run; in a fill both have 10)")
     initial_warmup: float = setting(1.0, "τ is 0 for this · warmup_steps [R:command_line.py]")
     final_warmup: float = setting(10.0, "τ is final for this · warmup_steps [R:parameters.json]")
     threshold: float = setting(0.1, "final τ: a block is pruned if σ(S) ≤ τ [R:command_line.py]")
@@ -130,8 +130,7 @@ PAPER_LAMBDAS = {
     "hybrid": dict(final_lambda=20, ffn_lambda=0.25),       # 20 %, the headline; 26 % refilled
     "block": dict(final_lambda=20),                         # 26 % at 32x32, 22 % at 8x8
     # Their attention has 48 score tensors, four per layer; ours has 12, each for all four matrices.
-    # A mean over 12 pushes one score four times as hard as a mean over 48: as hard as their four
-    # scores of a head together. So their factor stays.
+    # So the mean pushes our one score of a head as hard as their four together: their factor stays.
     "struct": dict(final_lambda=2.5, attention_lambda=0.00156),
     # Their 1x1 runs had one mean over all 72 tensors, 48 of attention and 24 of the feed-forward
     # layers. Ours is half the mean over 48 and half the mean over 24:
@@ -181,7 +180,8 @@ def add_masks(model: BertForQuestionAnswering, method: str, block: str) -> None:
             blockprune.mask_weight(attention.value, (r, c), share=share, kind="attention")
             blockprune.mask_weight(attention.out, (c, r), share=share, kind="attention")
 
-        # Feed-forward: one score per inner dimension, or blocks of r × c in both matrices.
+        # Feed-forward: one score per inner dimension, or blocks of r × c in both matrices, as the
+        # reference has them.
         if ffn.width > 0:
             if method in ("hybrid", "struct"):
                 blockprune.mask_dimensions(ffn.fc1, ffn.fc2, kind="ffn")
@@ -347,7 +347,8 @@ def train(model: BertForQuestionAnswering, teacher: BertForQuestionAnswering | N
             speed = (done - first_step) * config.batch / (now - began)
             write_log(out, done, total, terms, model, optimizer, speed, config)
         if save_now:
-            save_checkpoint(out, model, optimizer, config.device, done, seconds_before + now - began)
+            seconds = seconds_before + now - began
+            save_checkpoint(out, model, optimizer, config.device, done, seconds)
             saved = now
 
     # Paper: evaluation is at the final τ.
@@ -371,8 +372,8 @@ def count_steps(config: Config, windows: int) -> tuple[int, int]:
 def make_optimizer(model: BertForQuestionAnswering, config: Config) -> torch.optim.AdamW:
     """AdamW with a learning rate for weights and one for scores.
 
-    Differs: the reference has transformers' AdamW, with ε before the bias correction. Where a
-    gradient is 1e-6 its first step is 0.77 of torch's; after 5,400 steps the two are equal.
+    Differs: the reference has transformers' AdamW, with ε before the bias correction. For a
+    gradient of 1e-6 its first step is 0.77 times torch's; after 5,400 steps the two are equal.
     """
     groups = blockprune.parameter_groups(model, config.lr, config.score_lr, config.weight_decay)
     # update() scales each group's own peak.
@@ -405,12 +406,12 @@ def refill(model: BertForQuestionAnswering) -> None:
 
         0  ↦  N(0, 1) · 0.01 · std(W) + mean(W), over the whole tensor W
 
-    Where both factors of a product are 0, as in Q Kᵀ, neither gets a gradient: noise ends that.
+    Rows of Q and of K that are both 0 get no gradient from Q Kᵀ, and would stay 0 without noise.
     Source: [R:sparse_xp.py], unzero_parameters.
     Differs: where W is all zeros, the std of a fresh weight stands in for std(W), which is 0.
     """
     for name, parameter in model.named_parameters():
-        # Biases stay as they are, and so does a tensor of one element or none: it has no std.
+        # All tensors but biases, as the reference; a tensor of one element or none has no std.
         if name.endswith("bias") or parameter.numel() <= 1:
             continue
         std = model.config.initializer_range
@@ -430,7 +431,7 @@ def refill(model: BertForQuestionAnswering) -> None:
 
 
 def fill_in(config: Config) -> Config:
-    """A copy of the settings, with the preset's values where none was given. ValueError if wrong."""
+    """A copy of the settings, with the preset's values where none was given, and checked."""
     config = dataclasses.replace(config, device=pick_device(config.device))
     values = dict(attention_lambda=1.0, ffn_lambda=1.0, attention_dropout=0.0)
     values["precision"] = "bf16" if multiplies_in_bf16(config.device) else "fp32"

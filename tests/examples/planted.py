@@ -9,7 +9,7 @@ import torch
 from torch import nn
 import blockprune
 
-# The data: what a network gives whose first weight is 0 outside of four blocks of 8 × 8.
+# The data: the output of a network whose first weight is 0 except in four blocks of 8 × 8.
 torch.manual_seed(0)
 planted = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
 useful = planted.repeat_interleave(8, dim=0).repeat_interleave(8, dim=1)    # (32, 32)
