@@ -43,5 +43,17 @@ run results/random_shape.py "$teacher" "$runs/hybrid-10-compact" "$runs/random"
 train --init "$runs/random" --teacher "$teacher" --fill --epochs 10 --out "$runs/random-10"
 train --init "$runs/random-10" --teacher "$teacher" --fill --epochs 4 --out "$runs/random-14"
 
+# Once more with another seed: the questions stay, since the teacher has seen these.
+questions="$runs/questions"
+run results/questions.py "$data" "$questions" 10000 17
+again() {
+  run train_squad.py --data "$questions" --seed 18 --preset small --teacher "$teacher" "$@"
+}
+again --init "$teacher" --method hybrid --epochs 10 --score-lr 0.02 --final-lambda 20 \
+  --out "$runs/hybrid-10-seed-18"
+run compact.py "$runs/hybrid-10-seed-18" --data "$data" --out "$runs/hybrid-10-seed-18-compact"
+again --init "$runs/hybrid-10-seed-18-compact" --fill --epochs 4 \
+  --out "$runs/hybrid-10-seed-18-filled"
+
 run compact.py --compare "$runs/dense-6" "$runs/dense-20" "$runs/hybrid-10-compact" \
   "$runs/hybrid-10-filled" "$runs/random-14" --data "$data"

@@ -15,6 +15,7 @@ import moments                                                              # no
 import pictures                                                             # noqa: E402
 import train_squad as ts                                                    # noqa: E402
 from bert import BertConfig, BertForQuestionAnswering, load_tokenizer, save_model   # noqa: E402
+from questions import write_questions                                       # noqa: E402
 from random_shape import random_shape                                       # noqa: E402
 
 
@@ -109,6 +110,16 @@ def test_moments_are_the_nearest_to_six_of_the_schedule():
     log = [{"step": 10 * n, "threshold": tau} for n, tau in enumerate(taus)]
     found = moments.six([{"step": step} for step in range(4, 104, 9)], log)
     assert [moment["step"] for moment in found] == [4, 40, 49, 58, 67, 103]
+
+
+def test_questions_of_one_seed_are_a_folder_of_their_own(run, tmp_path):
+    def described(folder, *limit):
+        squad = ts.read_squad(folder, "train-v1.1.json", *limit)
+        return {q.id: (q.text, squad.passages[q.passage], q.answers) for q in squad.questions}
+
+    write_questions(run.parent, tmp_path, 2, 18)
+    assert described(tmp_path) == described(run.parent, 2, 18) != described(run.parent, 2, 17)
+    assert ts.read_bytes(tmp_path / "dev-v1.1.json") == ts.read_bytes(run.parent / "dev-v1.1.json")
 
 
 def test_the_benchmark_trains(run):
