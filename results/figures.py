@@ -45,7 +45,7 @@ LINES = [
     ("pruned and compacted, then refilled", pictures.GREEN, HEADLINE[2:]),
 ]
 # The fine-pruning that the pictures of masks and of a run are of.
-PRUNED = "epochs-10/hybrid-10"
+PRUNED = "headline/hybrid-10"
 
 
 def read(path: str):
