@@ -190,7 +190,8 @@ PAIRS = [       # the authors' result, the point that should be better, the one 
     ("smaller blocks have a higher F1 at about equal density",
      "unstructured-1x1-600-compact", "block-8x8-160-compact"),
     ("", "block-8x8-160-compact", "block-32x32-80-compact"),
-    ("Hybrid beats Block, here at a higher speed too", "hybrid-32x32-200-compact", "block-32x32-160-compact"),
+    ("Hybrid beats Block, here at a higher speed too",
+     "hybrid-32x32-200-compact", "block-32x32-160-compact"),
     ("filling raises F1 at equal speed", "hybrid-32x32-80-filled", "hybrid-32x32-80-compact"),
     ("", "hybrid-32x32-200-filled", "hybrid-32x32-200-compact"),
 ]

@@ -284,7 +284,7 @@ def test_a_model_of_v1_can_be_scored_on_v2(chain, v2, tmp_path):
     assert data["sha256"]["dev"] == read(v2 / "run/results.json")["data"]["sha256"]["dev"]
 
 
-# ------------------------------------------------------------------------------ questions and scores
+# ----------------------------------------------------------------------------- questions and scores
 
 
 def test_ask_answers_as_the_run_did_and_says_what_is_cut(chain, tmp_path, capsys):

@@ -83,8 +83,8 @@ def run(tmp_path_factory):
     for part in ("train", "dev"):
         (home / f"{part}-v1.1.json").write_text(json.dumps(squad), encoding="utf-8")
     flags = (f"--data {home} --init {home}/bert --out {home}/hybrid --method hybrid --block 4x4 "
-             "--epochs 20 --score-lr 1 --final-lambda 9 --final-warmup 4 --log-every 1 --device cpu "
-             "--precision fp32 --max-length 14 --max-question 4 --stride 2")
+             "--epochs 20 --score-lr 1 --final-lambda 9 --final-warmup 4 --log-every 1 "
+             "--device cpu --precision fp32 --max-length 14 --max-question 4 --stride 2")
     assert ts.main(flags.split()) == 0
     return home / "hybrid"
 

@@ -1,4 +1,4 @@
-"""What several test files need: a tiny BERT, a small corpus, and the runs of `make squad` on them."""
+"""What several test files need: a tiny BERT, a small corpus, the runs of `make squad` on them."""
 import json
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import train_squad as ts
 from bert import BertConfig, BertForQuestionAnswering, save_model, write_json
 from builtin import builtin_corpus
 
-# Flags of every training: windows of the tiny model, a log line per step, bits that can be compared.
+# Flags of every training: windows of the tiny model, a log line per step, comparable bits.
 COMMON = ("--max-length 48 --max-question 16 --stride 8 --precision fp32 --device cpu "
           "--log-every 1").split()
 # A pruning of which half is left, and a training of 12 steps, with masks that are pruned in these.
@@ -66,7 +66,7 @@ def write_bert(folder, words) -> None:
 
 
 def write_home(home) -> None:
-    """Write home/data, a made-up corpus in SQuAD's form, and home/bert, whose words are those of it."""
+    """Write home/data, a made-up corpus in SQuAD's form, and home/bert, with the corpus's words."""
     text = ""
     for part, passages, seed in (("train", 100, 1), ("dev", 40, 2)):
         path = Path(home, f"data/{part}-v1.1.json")
