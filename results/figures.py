@@ -21,12 +21,12 @@ ROOT = HERE.parent
 
 # The README's first table: what a model is, its folder here, the epochs of training in it, those of
 # its teacher counted, and the folder of the model whose F1 it is held against.
-CONTROL = "epochs-10/teacher-longer"
+CONTROL = "headline/dense-6"
 HEADLINE = [
-    ("dense", "epochs-10/teacher", 2, CONTROL),
-    ("dense, trained on: the control", CONTROL, 6, None),
-    ("pruned and compacted", "epochs-10/hybrid-10-compact", 12, CONTROL),
-    ("refilled", "epochs-10/hybrid-10-filled", 16, CONTROL),
+    ("dense", "headline/dense-2", 2, CONTROL),
+    ("dense, trained on: the teacher and control", CONTROL, 6, None),
+    ("pruned and compacted", "headline/hybrid-10-compact", 16, CONTROL),
+    ("refilled", "headline/hybrid-10-filled", 20, CONTROL),
 ]
 # The same for other lengths of pruning.
 LENGTHS = [
