@@ -813,7 +813,10 @@ def test_a_terminal_that_cannot_show_it_stops_no_run(chain, tmp_path, monkeypatc
     ("--epochs 0.1", "--epochs 0.1 is less than two steps"),
     ("--method hybrid --score-lr 0.01 --final-warmup 2", "nothing could be pruned: in 12 steps"),
     ("--fill --init {home}/hybrid", "hybrid still has its masks. Compact it first, with python "
-     "compact.py {home}/hybrid --data {home}/data --out {home}/hybrid-compact, and fill that"),
+     "compact.py {home}/hybrid --data {home}/data --out {home}/hybrid-compact, and start from "
+     "that"),
+    ("--init {home}/hybrid", "hybrid still has its masks. Compact it first"),
+    ("--init {home}/hybrid --method hybrid", "hybrid still has its masks. Compact it first"),
 ], ids=lambda text: text.split(" {")[0])
 def test_an_impossible_run_is_rejected_before_its_folder(chain, tmp_path, capsys, flags, message):
     shutil.copytree(chain / "bert", tmp_path / "other")
