@@ -111,8 +111,8 @@ class Config:
 PRESETS = {
     "builtin": {
         "dense": dict(epochs=3, lr=1e-4),
-        "prune": dict(epochs=2, lr=2e-4, score_lr=0.15, final_lambda=20),
-        "fill": dict(epochs=1, lr=2e-4),
+        "prune": dict(epochs=0.75, lr=2e-4, score_lr=0.3, final_lambda=150),
+        "fill": dict(epochs=2, lr=2e-4),
     },
     "small": {
         "dense": dict(epochs=3, lr=1e-4),

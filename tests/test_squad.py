@@ -859,31 +859,33 @@ def test_the_built_in_corpus_is_known_by_its_file(corpus, tmp_path):
     write_json(tmp_path / "dev.json", as_file({"one": ["x"]}, version="1.1"))
     assert ts.data_name(Config(data="builtin"), ts.read_squad(tmp_path, "dev.json")) == "builtin"
 
-    assert (len(train.questions), len(dev.questions)) == (2100, 450)
+    assert (len(train.questions), len(dev.questions)) == (2800, 450)
     assert not set(train.passages) & set(dev.passages)
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["train", "dev"])
-def test_a_built_in_question_needs_both_name_and_relation(corpus, part):
+def test_a_built_in_question_needs_both_person_and_relation(corpus, part):
     squad = corpus[part]
     places = collections.Counter()
     for question in squad.questions:
         passage = squad.passages[question.passage]
-        # Who is asked about, and what? One statement tells it, and the answer is its value.
-        told = []               # (name, fact, value) of each statement
+        # Who is told about, and what? A pronoun is the person named last.
+        told = []               # (person, fact, value) of each sentence
         for sentence, fact in itertools.product(passage[:-1].split(". "), builtin.FACTS):
-            found = re.fullmatch(r"(\w+ \w+) " + fact.replace("{}", r"(\w+)"), sentence)
+            pattern = r"(She|He|\w+ \w+) " + fact.replace("{}", r"(\w+)")
+            found = re.fullmatch(pattern, sentence)
             if found:
-                told.append((found[1], fact, found[2]))
+                person = found[1] if " " in found[1] else told[-1][0]
+                told.append((person, fact, found[2]))
         asked = [row for row in told if builtin.FACTS[row[1]][0].format(row[0]) == question.text]
-        [(name, fact, value)] = asked
+        [(person, fact, value)] = asked
         answer, start = question.answers[0]
         assert answer == value == passage[start:].split(".")[0]
         places[passage[:start].count(".")] += 1
         # Other facts are told of the same person, and the same fact of one other. All differ.
-        assert [row[0] == name for row in told].count(True) == 2
+        assert [row[0] == person for row in told].count(True) == 2
         assert [row[1] == fact for row in told].count(True) == 2
         assert len({row[2] for row in told}) == 4
-    # Each of the four statements is asked about as often: its place tells nothing.
+    # Each of the four sentences is asked about as often: its place tells nothing.
     for place in range(4):
         assert places[place] / len(squad.questions) == pytest.approx(0.25, abs=0.05)
