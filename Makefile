@@ -30,7 +30,7 @@ ifeq ($(DATA),builtin)
 FOLDER := data/builtin
 CORPUS := data/builtin/dev-v1.1.json
 PRESET_USED := $(or $(PRESET),builtin)
-TIME := About 3 to 5 minutes on two cores with bf16, longer without
+TIME := About 6 minutes on two cores with bf16, longer without
 else
 FOLDER := $(or $(DATA),data/squad)
 CORPUS := $(if $(DATA),,data/squad)
