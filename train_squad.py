@@ -1168,7 +1168,7 @@ def run(config: Config, command: str) -> None:
         if config.max_length > positions:
             raise ValueError(f"--max-length {config.max_length} is over the model's {positions}")
     features = Features(training, tokenizer, config, training=True)
-    # Its masks would be dropped in silence, and its zeros would grow again.
+    # Training on from a masked model would drop its masks in silence: its zeros would grow again.
     if "pruning" in read_json(Path(config.init, "config.json")):
         raise ValueError(f"{config.init} still has its masks. Compact it first, with python "
                          f"compact.py {config.init} --data {config.data} --out "

@@ -10,7 +10,7 @@ import random
 import sys
 from pathlib import Path
 
-# How somebody is called in later sentences → first names.
+# The pronoun of a person → first names.
 FIRST_NAMES = {"She": "Anna Dora Emma Grace Ida Karen Mary Nora Rose Tina",
                "He": "Ben Carl Frank Henry Jack Leo Oscar Paul Sam Victor"}
 LAST_NAMES = ("Adams Baker Carter Davis Evans Fisher Grant Hill Jones King "
@@ -40,7 +40,7 @@ def builtin_corpus(passages: int, seed: int, relations: int = 2) -> dict:
     rng = random.Random(seed)
     paragraphs = []
     for p in range(passages):
-        # The same facts about two people, in sentences of their own, with different values.
+        # Two people, and the same facts about each, with different values.
         told = rng.sample(list(FACTS), relations)
         last_names = rng.sample(LAST_NAMES.split(), 2)
         used = set()
@@ -49,7 +49,7 @@ def builtin_corpus(passages: int, seed: int, relations: int = 2) -> dict:
         for last_name in last_names:
             pronoun = rng.choice(list(FIRST_NAMES))
             person = f"{rng.choice(FIRST_NAMES[pronoun].split())} {last_name}"
-            subject = person        # in the first sentence about somebody, then the pronoun
+            subject = person        # in the first sentence; then the pronoun
             for fact in rng.sample(told, relations):
                 question, values = FACTS[fact]
                 value = rng.choice([value for value in values.split() if value not in used])
@@ -61,7 +61,7 @@ def builtin_corpus(passages: int, seed: int, relations: int = 2) -> dict:
                 context += f"{subject} {fact.format(value)}. "
                 subject = pronoun
 
-        # Only some of the questions are kept, so that the place of a sentence tells nothing.
+        # A random half of the questions is kept, so that the place of a sentence tells nothing.
         paragraphs.append({"context": context.strip(), "qas": rng.sample(qas, relations)})
     return {"version": "builtin", "data": [{"title": "Townspeople", "paragraphs": paragraphs}]}
 

@@ -163,7 +163,7 @@ def test_model_safetensors_is_w_times_mask(chain):
     saved = read_safetensors(chain / "hybrid/pruning.safetensors")
     blocks = {"attention.query": (4, 6), "attention.key": (4, 6), "attention.value": (4, 6),
               "attention.out": (6, 4), "ffn.fc1": (1, E), "ffn.fc2": (E, 1)}
-    all_masks = []
+    kept = 0        # a whole matrix may be empty
     for name, (r, c) in blocks.items():
         place = f"bert.layers.{{}}.{name}"
         for layer, rows in read(chain / "small/masks.json").items():
@@ -174,8 +174,9 @@ def test_model_safetensors_is_w_times_mask(chain):
             W = saved[place.format(layer) + ".parametrizations.weight.original"]
             hf_name = "bert." + HF_NAMES[place].format(layer) + ".weight"
             assert torch.equal(effective[hf_name], W * M)
-            all_masks.append(M.flatten())
-    assert torch.cat(all_masks).unique().tolist() == [0, 1]
+            assert not M.all()
+            kept += M.sum()
+    assert kept > 0
 
 
 def test_compaction_removes_heads_and_keeps_the_function(chain):
