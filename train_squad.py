@@ -1084,14 +1084,13 @@ def is_finished(config: Config, inputs: dict, command: str) -> bool:
     if path.is_file():
         before = read_json(path)
         changed = []
-        with reading(path):     # that of an older version has no inputs
-            for name, value in vars(config).items():
-                was = before["settings"].get(name)
-                if was != value and name not in NOT_COMPARED:
-                    changed.append(f"{name} was {was} and is {value}")
-            for name, sha256 in inputs.items():
-                if before["inputs"].get(name) != sha256:
-                    changed.append(f"another {name}")
+        for name, value in vars(config).items():
+            was = before["settings"].get(name)
+            if was != value and name not in NOT_COMPARED:
+                changed.append(f"{name} was {was} and is {value}")
+        for name, sha256 in inputs.items():
+            if before["inputs"].get(name) != sha256:
+                changed.append(f"another {name}")
         if not changed:
             return read_results(out) is not None
         # Another run may have the folder as long as nothing was made in it.
@@ -1217,8 +1216,6 @@ def ask(folder: str, passage_file: str, questions: list[str], config: Config) ->
     config = fill_in(config)
     with reading(passage_file):
         passage = Path(passage_file).read_text(encoding="utf-8")
-    for question in questions:
-        question.encode()       # bytes that are not UTF-8 are an error here
     asked = [Question(str(i), question, 0, []) for i, question in enumerate(questions)]
     features = Features(Squad([passage], asked), load_tokenizer(folder), config, training=False)
     if features.cut > 0:

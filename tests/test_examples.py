@@ -67,12 +67,12 @@ def test_an_encoder_decoder_keeps_the_attention_it_needs(run):
 
 
 @pytest.mark.hf
-def test_models_of_transformers_are_opened_cut_and_faster(run):
+def test_models_of_transformers_are_opened_and_cut(run):
     pytest.importorskip("transformers")
     bert, gpt2 = run(EXAMPLES / "huggingface.py").split("GPT2")
     same = {"accuracy: #": (0.98, 1), "by the cut: #": (0, 1e-5)}
-    assert_printed(bert, {**same, "[(#, #), (#, #)]": (1, 120), "speed: #": (1.3, 20)})
-    assert_printed(gpt2, {**same, "[(4, #), (4, #)]": (20, 220), "speed: #": (1.05, 20)})
+    assert_printed(bert, {**same, "[(#, #), (#, #)]": (1, 120)})
+    assert_printed(gpt2, {**same, "[(4, #), (4, #)]": (20, 220)})
     heads = re.findall(r"\((\d), ", bert)
     assert sum(int(number) for number in heads) < 8     # of two layers with four
 

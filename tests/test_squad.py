@@ -835,13 +835,6 @@ def test_a_file_that_is_not_squad_is_refused(tmp_path, old, new, message):
         ts.read_squad(tmp_path, "dev.json")
 
 
-@pytest.mark.parametrize("data", ["nowhere", "train-v1.1.json"], ids=["missing", "file"])
-def test_data_must_be_a_folder_with_the_files(tmp_path, data):
-    write_json(tmp_path / "train-v1.1.json", as_file({"one": ["x"]}))
-    with pytest.raises(FileNotFoundError, match=f"{data}: a folder with train-v1.1.json or "):
-        ts.read_squad(tmp_path / data, "train-v1.1.json")
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """The built-in corpus as its script writes it: training and dev questions."""
