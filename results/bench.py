@@ -21,7 +21,6 @@ import torch
 from figures import HERE, PRUNED, ROOT, results_of
 
 sys.path.insert(0, str(ROOT))
-import blockprune                                                               # noqa: E402
 import train_squad as ts                                                        # noqa: E402
 from bert import BertConfig, BertForQuestionAnswering, load_model, load_tokenizer   # noqa: E402
 from compact import benchmark                                                   # noqa: E402
@@ -33,34 +32,24 @@ TURNS = 31
 
 
 def training(config: ts.Config, features: ts.Features, batches: list[np.ndarray]):
-    """A function that does a training step, without a teacher, on one batch after another.
-
-    config: its method, precision and attention dropout count.
-    """
+    """A function that does a training step, without a teacher, on one batch after another."""
     torch.manual_seed(0)
     model = load_model(config.init, fresh_head=True).to(DEVICE).train()
     for layer in model.bert.layers:
         layer.attention.dropout = config.attention_dropout
-    masked = config.method != "dense"
-    if masked:
+    if config.method != "dense":
         ts.add_masks(model, config.method, config.block)
-        blockprune.set_threshold(model, 0.05)
-    # The learning rate changes nothing of the speed; at this one the model hardly moves.
-    groups = blockprune.parameter_groups(model, lr=1e-5, score_lr=1e-5)
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = ts.make_optimizer(model, config)
+    # Every step is one in the middle of a run, where τ rises.
+    step, total, warmup = 50, 100, 5
 
     def steps() -> None:
         for windows in batches:
             batch = features.batch(windows, DEVICE)
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=config.precision == "bf16"):
-                logits = model(batch["ids"], batch["types"], batch["real"])
-            loss, _ = ts.loss_terms(logits, None, batch, config.temperature)
-            if masked:
-                loss = loss + blockprune.penalty(model)
+            terms = ts.step_loss(model, batch, None, step, config, total, warmup)
             optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
+            terms["loss"].backward()
+            ts.update(model, optimizer, step, config, total, warmup)
     return steps
 
 
@@ -98,6 +87,7 @@ def training_row(config: ts.Config, features: ts.Features, dropout: float) -> di
     """Training against the reference recipe: fp32, every window padded to max_length."""
     padded = copy.copy(features)
     padded.lengths = np.full_like(features.lengths, config.max_length)
+    config = dataclasses.replace(config, method="dense")
     reference = dataclasses.replace(config, precision="fp32", attention_dropout=dropout)
     # Five batches of all lengths. Padded, one batch takes as long as another.
     batches = ts.training_batches(features.lengths, 16, seed=0, epoch=0)
@@ -154,7 +144,8 @@ def main() -> None:
     parser.add_argument("--init", default="weights/minilm", help="model folder to start from")
     parser.add_argument("--memory", help="print the memory of this method: how it calls itself")
     a = parser.parse_args()
-    config = ts.fill_in(ts.Config(data=a.data, init=a.init, device=DEVICE, attention_dropout=0.0))
+    # The settings of a pruning; for a dense step the method is replaced.
+    config = ts.fill_in(ts.Config(data=a.data, init=a.init, device=DEVICE, method="hybrid"))
     squad = ts.read_squad(config.data, "train-v1.1.json", 800)
     features = ts.Features(squad, load_tokenizer(a.init), config, training=True)
     if a.memory:

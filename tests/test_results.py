@@ -123,8 +123,8 @@ def test_questions_of_one_seed_are_a_folder_of_their_own(run, tmp_path):
 
 
 def test_the_benchmark_trains(run):
-    config = ts.Config(init=str(run.parent / "bert"), max_length=14, max_question=4, stride=2,
-                       precision="fp32", attention_dropout=0, block="4x4")
+    config = ts.fill_in(ts.Config(init=str(run.parent / "bert"), max_length=14, max_question=4,
+                                  stride=2, precision="fp32", method="hybrid", block="4x4"))
     squad = ts.read_squad(run.parent, "train-v1.1.json")
     features = ts.Features(squad, load_tokenizer(config.init), config, training=True)
     step = bench.a_step(config, features, "hybrid")
