@@ -18,12 +18,11 @@ import time
 import numpy as np
 import torch
 
-from figures import HERE, PRUNED, ROOT, results_of
+from figures import HERE, ROOT
 
 sys.path.insert(0, str(ROOT))
 import train_squad as ts                                                        # noqa: E402
-from bert import BertConfig, BertForQuestionAnswering, load_model, load_tokenizer   # noqa: E402
-from compact import benchmark                                                   # noqa: E402
+from bert import load_model, load_tokenizer                                     # noqa: E402
 
 DEVICE = "cpu"
 if torch.cuda.is_available():
@@ -126,17 +125,6 @@ def memory_row(arguments: list[str]) -> dict:
                peaks[1:])
 
 
-def compact_row() -> dict:
-    """The README's compacted model against its dense one. Weights are random: speed is the same."""
-    left = results_of(f"{PRUNED}-compact")
-    dense = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
-    small = dataclasses.replace(dense, heads=left["heads"], ffn=left["ffn"])
-    models = [BertForQuestionAnswering(dense), BertForQuestionAnswering(small)]
-    baseline, ours = benchmark(models, 32, 128, TURNS, "fp32", DEVICE)
-    what = f"{PRUNED}-compact against dense, FLOPs 1/{left['flops_ratio']:.2f}, 32 x 128 in fp32"
-    return row(what, "rows/s", rates(32, baseline), rates(32, ours))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,8 +141,7 @@ def main() -> None:
         return
 
     # Memory first: on Linux the peak of a new process counts the size of the one that starts it.
-    # Then whole models: what training leaves in memory would change their ratios.
-    rows = [memory_row(sys.argv[1:]), compact_row()]
+    rows = [memory_row(sys.argv[1:])]
     works = [a_step(config, features, "dense"), a_step(config, features, "hybrid")]
     what = f"a masked (Hybrid 32x32) training step in {config.precision} against a dense one"
     rows.append(row(what, "ms", *take_turns(works, TURNS)))

@@ -154,8 +154,8 @@ def speed(path: Path) -> str:
             spread = f" ± {50 * row['spread']:.0f} %"
         rows.append([row["what"], f"{row['baseline']:.4g} {row['unit']}",
                      f"{row['ours']:.4g} {row['unit']}", f"{row['ratio']:.3g}{spread}"])
-    made = (f"[{path.name}](results/{path.name}): `{bench['command']}` on {bench['device']}, "
-            f"{bench['threads']} threads,\ntorch {bench['torch']}, {bench['data']}.")
+    made = (f"[{path.name}](results/{path.name}): `{bench['command']}`\n"
+            f"on {bench['device']}, {bench['threads']} threads, torch {bench['torch']}.")
     return markdown(["what", "baseline", "ours", "ratio"], rows) + "\n\n" + made
 
 
