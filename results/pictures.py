@@ -144,7 +144,7 @@ def epochs_picture(series: list[tuple]) -> str:
     """F1 against epochs of training: lines of models with dots, and a line alone for each bar."""
     colours = {name: colour for name, colour, _, style in series if style == "dots"}
     title = ("F1 on SQuAD v1.1 against epochs of training in all. "
-             "Bars: 95 % of the difference from the control")
+             "Bars: 95 % interval of F1 − control")
     drawn = legend(colours) + at(55, 50, chart("epochs", "F1", series, 560, 235))
     return svg(640, 330, title, drawn)
 
@@ -154,10 +154,10 @@ def curves_picture(groups: list[tuple]) -> str:
 
     groups: (name, colour, points, style), with points (speed-up, density in %, F1 lost).
     """
-    title = ("F1 lost by pruning. Dots: MiniLM, 4,000 questions; its dense model: 8,000. Hollow: "
-             "the authors’ BERT-base")
+    title = ("F1 lost by pruning. Dots: MiniLM, 4,000 questions (dense: 8,000; red: 10,000). "
+             "Hollow: the authors’ BERT-base")
     drawn = legend({name: colour for name, colour, _, style in groups if style == "dots"})
-    names = ("times the speed of the dense model", "encoder linear weights kept, %")
+    names = ("times the speed of the dense model", "weights kept, %")
     for column, x_name in enumerate(names):
         series = []
         for name, colour, points, style in groups:

@@ -47,7 +47,7 @@ def test_a_table_holds_each_model_against_its_control(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "HERE", tmp_path)
     write_model(tmp_path / "C", [1, 1, 0.5, 0.5])
     write_model(tmp_path / "F", [0.5, 1, 0.5, 0], speedup=3.846)
-    rows = [("dense", "C", 20, None), ("refilled", "F", 20, "C")]
+    rows = [("dense", "C", "20", None), ("refilled", "F", "6 + 14", "C")]
     _, _, dense, refilled = figures.models_table(rows).splitlines()
     assert dense == ("| [dense](results/C/results.json) | 20 | 23.2 % | 14.4 M | 3 | 1/4.14 | – | "
                      "75.00 | – |")
