@@ -123,7 +123,7 @@ def signed(mean: float, low: float, high: float) -> str:
 def models_table(of_rows: list[tuple], control_name: str = "control") -> str:
     """A table like the README's first."""
     columns = ["MiniLM on SQuAD v1.1", "epochs", "weights kept", "parameters", "heads",
-               "FLOPs", "speed", "F1", f"F1 − {control_name} (95 %)"]
+               "FLOPs", "speed", "F1", f"F1 − {control_name} (95 %, over questions)"]
     rows = []
     for title, folder, epochs, control in of_rows:
         r = results_of(folder)

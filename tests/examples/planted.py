@@ -28,7 +28,7 @@ for step in range(400):
     tau = blockprune.threshold_schedule(step, 400, flat_start=20, flat_end=200)
     blockprune.set_threshold(model, tau)
     loss = nn.functional.mse_loss(model(x), y)
-    # 4. The penalty pushes all scores down, the loss keeps useful ones up. λ = 10 τ rises to 1.
+    # 4. A penalty, of weight 10 τ, pushes all scores down; the loss keeps useful ones up.
     objective = loss + 10 * tau * blockprune.penalty(model)
     optimizer.zero_grad()
     objective.backward()
