@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moments import ROOT, six           # puts the four files on the path
+from moments import six                 # puts the four files on the path
 from bert import BertForQuestionAnswering, load_model
 from compact import flops, size_of
 

@@ -13,7 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from keep import ROOT, number_list, read
+from keep import number_list, read
+from moments import ROOT
 
 POINTS = [
     # Chosen before any was run.

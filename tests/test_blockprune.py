@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
-from blockprune import (BlockMask, StraightThrough, bake, cut_dimensions, cut_heads, density,
-                        mask_dimensions, mask_weight, masks, parameter_groups, penalty,
-                        set_threshold, threshold_schedule)
+from blockprune import (BlockMask, bake, cut_dimensions, cut_heads, density, mask_dimensions,
+                        mask_weight, masks, parameter_groups, penalty, set_threshold,
+                        threshold_schedule)
 
 EDGE = math.log(0.1 / 0.9)      # σ(EDGE) = 0.1, the paper's final τ
 DEAD = -9.0                     # a score far below it

@@ -26,8 +26,7 @@ import torch
 import blockprune
 import compact
 import train_squad as ts
-from bert import (HF_NAMES, folder_sha256, load_model, read_safetensors, save_model, write_json,
-                  write_safetensors)
+from bert import HF_NAMES, folder_sha256, read_safetensors, write_json, write_safetensors
 from tiny import (CHAIN, COMMON, SHORT, SHORT_HYBRID, bits, read, read_log, run_chain,
                   run_compaction, run_step, run_table, run_training, snapshot, write_home)
 

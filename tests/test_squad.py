@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import builtin
 import train_squad as ts
 from bert import BertConfig, BertForQuestionAnswering, load_tokenizer, save_model, write_json
-from blockprune import density, masks, set_threshold
+from blockprune import density, masks
 from tiny import tiny_config
 from train_squad import Config, Features, Question, Squad
 
