@@ -153,8 +153,6 @@ def test_what_is_set_where_nothing_is_given(monkeypatch):
     ({"threshold": 0.5}, "--threshold 0.5: it must be under 0.5"),
     ({"block": "4"}, "--block 4:"),
     ({"block": "0x4"}, "--block 0x4:"),
-    ({"seed": 2 ** 64}, "--seed 18446744073709551616: it must be"),
-    ({"seed": -1}, "--seed -1: it must be"),
     ({"max_length": 195}, "--max-length 195 is too short for --stride 128"),
     ({"fill": True, "method": "block"}, "leave --method out"),
     ({"device": "cuda"}, "--device cuda:"),
@@ -163,7 +161,7 @@ def test_settings_that_would_train_in_vain_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ts.fill_in(Config(**settings))
     # At the edge they are taken.
-    ts.fill_in(Config(max_length=196, threshold=0.49, seed=2 ** 63 - 1))
+    ts.fill_in(Config(max_length=196, threshold=0.49))
 
 
 # --------------------------------------------------------------------------- masks, loss, schedules
@@ -819,12 +817,10 @@ def test_without_questions_a_file_is_refused(tmp_path, questions, limit):
 
 @pytest.mark.parametrize("old, new, message", [
     ('"data"', '"date"', "'data'"),
-    ('"context": "x"', '"context": 7', "encode"),
     ('"id": "two"', '"id": "one"', "two questions have the id 'one'"),
     ('"answers": [{', '"answers": [], "more": [{', "'one' has no answer"),
-    ('"question": "?"', '"question": "\\ud83d"', "surrogates"),
     ("]}]}]", "]}]", "delimiter"),
-], ids=["key", "type", "same-id", "no-answer", "surrogate", "cut-off"])
+], ids=["key", "same-id", "no-answer", "cut-off"])
 def test_a_file_that_is_not_squad_is_refused(tmp_path, old, new, message):
     """A sound file is changed in one place, from old to new."""
     path = tmp_path / "dev.json"
