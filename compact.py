@@ -166,7 +166,7 @@ def flops(config: BertConfig, length: int) -> int:
 
 
 @torch.no_grad()
-def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: int = 9,
+def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: int = 25,
               precision: str = "fp32", device: str = "cpu") -> list[list[float]]:
     """Milliseconds of `repeats` forward passes of each model, on random ids without padding.
 
