@@ -27,6 +27,7 @@ HEADLINE = [
     ("dense: the control, trained longer", CONTROL, "6 + 14", None),
     ("pruned and compacted", "headline/hybrid-10-compact", "6 + 10", CONTROL),
     ("refilled", "headline/hybrid-10-filled", "6 + 10 + 4", CONTROL),
+    ("the same shape at random", "headline/random-14", "6 + 10 + 4", CONTROL),
 ]
 # The same for other lengths of pruning.
 LENGTHS = [
@@ -47,6 +48,8 @@ LINES = [
      [TEACHER, ("headline/hybrid-10-compact", 16), ("headline/hybrid-10-filled", 20)]),
     ("dense", pictures.BLUE,
      [("headline/dense-2", 2), TEACHER, ("headline/dense-16", 16), (CONTROL, 20)]),
+    ("the same shape at random", "#8250df",
+     [("headline/random-10", 16), ("headline/random-14", 20)]),
 ]
 # The fine-pruning that the pictures of masks and of a run are of.
 PRUNED = "headline/hybrid-10"
@@ -303,9 +306,9 @@ def curve_groups() -> list[tuple]:
     for method, colour in pictures.COLOURS.items():
         of_method = [point(r, dense) for name, r in points.items() if method_of(name) == method]
         groups.append((method, colour, of_method, "dots"))
+    # Of the first table what is pruned and what is refilled.
     control = results_of(CONTROL)["f1"]
-    first_table = [results_of(folder) for _, folder, _, _ in HEADLINE[2:]]
-    points = [point(r, control) for r in first_table if "speedup" in r]
+    points = [point(results_of(folder), control) for _, folder, _, _ in HEADLINE[2:4]]
     groups.append(("README’s first table", pictures.RED, points, "dots"))
     return groups
 
