@@ -123,8 +123,7 @@ class BlockMask(nn.Module):
 
     def block_mask(self) -> Tensor:
         """M(S) on the grid of blocks, (⌈R/r⌉, ⌈C/c⌉)."""
-        # All scores, also if FSDP2 shards them or the owner is on another device.
-        scores = _whole(self.owner.scores).to(self.threshold.device)
+        scores = _whole(self.owner.scores)
         mask = StraightThrough.apply(scores, self.threshold)
         return mask.view(self.grid)         # the owner's may be (F, 1) where this is (1, F)
 

@@ -71,8 +71,8 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, feat
           config: ts.Config) -> tuple[int, float, float]:
     """Compare both models in fp64 on up to 256 random windows.
 
-    Every |Δ logit| at a real token must be under 1e-5 · max(1, max |logit|). If the best span is
-    another one, the first model must score the two spans within twice that.
+    Every |Δ logit| at a real token must be under 1e-5 · max(1, max |logit|). So the best span can
+    only be another one if the first model scores the two within 4 times that.
     Returns the number of windows, the largest |Δ logit|, and what is allowed. Raises ValueError if
     the models differ by more.
     """
@@ -85,7 +85,6 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, feat
     windows = torch.randperm(len(features), generator=generator)[:256].numpy()
     worst = torch.zeros(())
     largest = 1.0
-    widest_gap = 0.0
     for begin in range(0, len(windows), 32):
         batch = features.batch(windows[begin:begin + 32], device)
         inputs = batch["ids"], batch["types"], batch["real"]
@@ -100,19 +99,11 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, feat
         worst = torch.maximum(worst, (logits - small_logits).abs().max().cpu())
         largest = max(largest, logits.abs().max().item())
 
-        # Do both find the same answer? If not, how much does the first model prefer its own?
-        span_score, i, j = ts.best_spans(*logits, batch["context"], config.max_answer)
-        _, small_i, small_j = ts.best_spans(*small_logits, batch["context"], config.max_answer)
-        row = torch.arange(len(i), device=i.device)
-        small_span_score = logits[0, row, small_i] + logits[1, row, small_j]        # (B,)
-        widest_gap = max(widest_gap, (span_score - small_span_score).max().item())
-
     allowed = 1e-5 * largest
     # With <, neither a NaN nor infinity ever agrees.
-    if not (worst < allowed and widest_gap <= 2 * allowed):
-        raise ValueError(f"the compacted model differs: |Δ logit| is {worst:.2e} and best spans "
-                         f"are {widest_gap:.2e} apart, where {allowed:.2e} and twice that are "
-                         "allowed. No model was written")
+    if not worst < allowed:
+        raise ValueError(f"the compacted model differs: |Δ logit| is {worst:.2e}, where "
+                         f"{allowed:.2e} is allowed. No model was written")
     return len(windows), worst.item(), allowed
 
 

@@ -83,7 +83,7 @@ class Config:
     lr: float | None = setting(None, "peak learning rate of the weights; paper: 3e-5 (preset)")
     score_lr: float | None = setting(None, "peak learning rate of the scores; paper: 1e-2 (preset)")
     warmup_steps: int | None = setting(
-        None, "of the learning rates; paper: 5,400 (5 %% of the run; in a fill both have 10)")
+        None, "of the learning rates; paper: 5,400, in a fill 10 (5 %% of the run, in a fill 10)")
     initial_warmup: float = setting(1.0, "τ is 0 for this · warmup_steps [R:command_line.py]")
     final_warmup: float = setting(10.0, "τ is final for this · warmup_steps [R:parameters.json]")
     threshold: float = setting(0.1, "final τ: a block is pruned if σ(S) ≤ τ [R:command_line.py]")
@@ -107,7 +107,7 @@ class Config:
 
 # The settings that depend on the stage of a run: dense fine-tuning, pruning or filling.
 # λ does not carry over between models (see blockprune.penalty()), nor between lengths of training.
-# Short runs need a higher learning rate of the scores than the paper's, and on SQuAD a higher λ.
+# Differs: short runs need higher learning rates than the paper's, and on SQuAD a higher λ.
 PRESETS = {
     "builtin": {
         "dense": dict(epochs=3, lr=1e-4),
@@ -411,8 +411,8 @@ def refill(model: BertForQuestionAnswering) -> None:
     Differs: where W is all zeros, the std of a fresh weight stands in for std(W), which is 0.
     """
     for name, parameter in model.named_parameters():
-        # All tensors but biases, as the reference; a tensor of one element or none has no std.
-        if name.endswith("bias") or parameter.numel() <= 1:
+        # All tensors but biases, as the reference.
+        if name.endswith("bias"):
             continue
         std = model.config.initializer_range
         if parameter.any():
@@ -459,8 +459,6 @@ def check_settings(config: Config) -> None:
     """ValueError for what would be trained in vain."""
     if config.fill and config.method != "dense":
         raise ValueError("--fill trains without masks: leave --method out")
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.block):
-        raise ValueError(f"--block {config.block}: two numbers over 0 are needed, as in 32x32")
     # Scores start at 0, where σ is 0.5: everything would be pruned at once.
     if config.threshold >= 0.5:
         raise ValueError(f"--threshold {config.threshold}: it must be under 0.5")

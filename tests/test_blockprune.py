@@ -851,12 +851,6 @@ def test_a_changed_model_prunes_and_trains_as_before(change):
         assert torch.equal(net(x), expected)
 
 
-def test_a_mask_may_be_on_another_device_than_its_owner():
-    net, owner = masked_heads()
-    assert net[3].to("meta").weight.device.type == "meta"
-    assert owner.scores.device.type == "cpu"
-
-
 # ------------------------------------------------------------------------------------ low precision
 
 

@@ -437,11 +437,7 @@ class Windows:
 
     def batch(self, indices, device):
         self.asked += indices.tolist()
-        real = self.real[indices]
-        context = real.clone()
-        context[:, 0] = False       # [CLS]
-        return {"ids": self.ids[indices], "types": self.types[indices], "real": real,
-                "context": context}
+        return {"ids": self.ids[indices], "types": self.types[indices], "real": self.real[indices]}
 
 
 class Given(torch.nn.Module):
@@ -455,12 +451,11 @@ class Given(torch.nn.Module):
         return inputs[self.which].unbind(1)
 
 
-def check_logits(first, second, real=None, max_answer=1):
+def check_logits(first, second, real=None):
     """check() of two models that give these logits: start and end of N windows, (N, 2, T) each."""
     if real is None:
         real = torch.ones(len(first), first.shape[2], dtype=torch.bool)
-    config = Config(device="cpu", max_answer=max_answer)
-    return check(Given(0), Given(1), Windows(first, second, real), config)
+    return check(Given(0), Given(1), Windows(first, second, real), CPU)
 
 
 def hundred_windows():
@@ -482,7 +477,7 @@ def test_a_compacted_model_passes_and_another_bias_does_not():
     found = check(model, small, windows, CPU)
     assert found == pytest.approx((3, 0.9 * allowed, allowed))
     small.qa_outputs.bias.data[1] += 0.2 * allowed
-    with pytest.raises(ValueError, match=f"is {1.1 * allowed:.2e} and .* where {allowed:.2e}"):
+    with pytest.raises(ValueError, match=f"is {1.1 * allowed:.2e}, where {allowed:.2e}"):
         check(model, small, windows, CPU)
 
 
@@ -505,21 +500,21 @@ def test_the_largest_difference_and_logit_are_of_all(place, side, token):
     first = hundred_windows()
     second = first.clone()
     second[place, side, token] += 3.9e-4
-    with pytest.raises(ValueError, match="is 3.90e-04 .* where 3.00e-05 and twice that"):
+    with pytest.raises(ValueError, match="is 3.90e-04, where 3.00e-05 is allowed"):
         check_logits(first, second)
     # The largest logit is −40 now: 1e-5 · 40 is allowed in all windows.
     for tensor in (first, second):
         tensor[50, 1, 0] -= 43
     assert check_logits(first, second) == pytest.approx((100, 3.9e-4, 4e-4))
     second[place, side, token] -= 8e-4
-    with pytest.raises(ValueError, match="is 4.10e-04 .* where 4.00e-04"):
+    with pytest.raises(ValueError, match="is 4.10e-04, where 4.00e-04"):
         check_logits(first, second)
 
 
 def test_a_largest_logit_under_1_counts_as_1():
     first = hundred_windows() / 30
     assert check_logits(first, first + 9e-6) == pytest.approx((100, 9e-6, 1e-5))
-    with pytest.raises(ValueError, match="is 1.10e-05 .* where 1.00e-05"):
+    with pytest.raises(ValueError, match="is 1.10e-05, where 1.00e-05"):
         check_logits(first, first + 1.1e-5)
 
 
@@ -540,22 +535,6 @@ def test_nan_and_infinity_never_agree(bad):
     for first, second in [(good, hole), (hole, good), (hole, hole)]:
         with pytest.raises(ValueError, match="differs"):
             check_logits(first, second)
-
-
-# [CLS], which is no span, and two spans of two tokens: the first scores 0.25 + gap + 0.5, the
-# second 0.25 + 0.5. Each logit of theirs moves by 9e-6, of 1e-5 allowed, so that the second one
-# gains 4 · 9e-6 = 3.6e-5 on the first.
-@pytest.mark.parametrize("gap, passes", [(1.9e-5, True), (2.1e-5, False), (3.7e-5, True)],
-                         ids=["another span, near", "another span, far", "the same span"])
-def test_another_best_span_must_score_nearly_as_high(gap, passes):
-    first = torch.tensor([[[0.9, 0.25 + gap, -0.9, 0.25, -0.9], [0.9, -0.9, 0.5, -0.9, 0.5]]] * 100)
-    second = first.double()
-    second[50] += 9e-6 * torch.tensor([[0, -1, 0, 1, 0], [0, 0, -1, 0, 1]])
-    if passes:
-        assert check_logits(first, second, max_answer=2) == pytest.approx((100, 9e-6, 1e-5))
-    else:
-        with pytest.raises(ValueError, match="best spans are 2.1.e-05 apart"):
-            check_logits(first, second, max_answer=2)
 
 
 def test_rounding_in_fp32_is_no_difference():

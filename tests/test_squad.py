@@ -151,8 +151,6 @@ def test_what_is_set_where_nothing_is_given(monkeypatch):
 
 @pytest.mark.parametrize("settings, message", [
     ({"threshold": 0.5}, "--threshold 0.5: it must be under 0.5"),
-    ({"block": "4"}, "--block 4:"),
-    ({"block": "0x4"}, "--block 0x4:"),
     ({"max_length": 195}, "--max-length 195 is too short for --stride 128"),
     ({"fill": True, "method": "block"}, "leave --method out"),
     ({"device": "cuda"}, "--device cuda:"),
