@@ -1,4 +1,4 @@
-"""Cuts a dense model at random to the shape of a compacted one: what is a learned shape worth?
+"""Cuts a dense model at random to the shape of a compacted one: what is the learned choice worth?
 
     python results/random_shape.py DENSE COMPACT OUT [SEED]
 
