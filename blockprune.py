@@ -65,7 +65,7 @@ class StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(scores: Tensor, threshold: Tensor) -> Tensor:
+    def forward(ctx, scores: Tensor, threshold: Tensor) -> Tensor:
         kept = torch.sigmoid(scores) > threshold
         return kept.to(scores.dtype)
 
@@ -74,13 +74,6 @@ class StraightThrough(torch.autograd.Function):
         # Paper: the gradient is not multiplied by σ′(S). The sum over a block needs no line here:
         # M is repeated over its block in weight_mask(), and autograd sums what comes back.
         return grad, None
-
-    # For torch.func: nothing is kept for backward(), and vmap takes the functions as they are.
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    generate_vmap_rule = True
 
 
 class BlockMask(nn.Module):
@@ -161,11 +154,6 @@ class BlockMask(nn.Module):
                 return tensor.to(converted.device, torch.float32)
             return converted
         return super()._apply(at_least_fp32, recurse)
-
-    # load_state_dict(assign=True) may have put in scores of fp16.
-    def _load_from_state_dict(self, *args) -> None:
-        super()._load_from_state_dict(*args)
-        self._apply(lambda tensor: tensor)
 
 
 class BiasMask(nn.Module):
@@ -315,7 +303,7 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
     Paper: scores learn at 1e-2, weights at 3e-5; one learning-rate schedule and one gradient clip
     act on all of them ([R:patch_coordinator.py], create_optimizer_groups; [R:sparse_trainer.py]).
     Note: scores must not decay toward 0, that is toward being kept. So their weight_decay of 0 is
-    written out: AdamW's default is 0.01. score_lr: None trains the weights alone.
+    written out: AdamW's default is 0.01. score_lr: may be None if the model has no masks.
     """
     matrices = {"params": [], "lr": lr, "weight_decay": weight_decay}
     vectors = {"params": [], "lr": lr, "weight_decay": 0.0}
@@ -331,10 +319,7 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: Optional[float],
         # What is frozen stays frozen.
         if parameter.requires_grad:
             group["params"].append(parameter)
-    groups = [matrices, vectors]
-    if score_lr is not None:
-        groups.append(scores)
-    return [group for group in groups if group["params"]]
+    return [group for group in (matrices, vectors, scores) if group["params"]]
 
 
 @torch.no_grad()

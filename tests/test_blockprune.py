@@ -1,7 +1,7 @@
 """What blockprune.py must do, said by naive versions and by cases worked by hand.
 
 In its order: the mask; putting masks on; what a training loop asks for; baking; cutting; and what
-else people have around it: torch.func, torch.compile, low precision, checkpoints, two processes.
+else people have around it: torch.compile, low precision, checkpoints, two processes.
 Sizes are small and all different: a transposed axis cannot hide.
 
 Letters as in blockprune.py: S scores, W a weight of R × C, r × c the block, M the mask on the
@@ -464,9 +464,6 @@ def test_groups_leave_out_what_is_frozen():
         grouped += ids(group["params"])
     trainable = set(ids(net.parameters())) - {id(bias), id(scores)}
     assert sorted(grouped) == sorted(trainable)
-    # Without a rate for scores the weights alone are trained.
-    groups = parameter_groups(net, 3e-5, score_lr=None)
-    assert [group["lr"] for group in groups] == [3e-5, 3e-5]
 
 
 def test_density_by_hand():
@@ -876,8 +873,6 @@ def test_masks_and_their_gradients_are_fp32_under_autocast():
 @pytest.mark.parametrize("before, after", [
     pytest.param(lambda net: net.bfloat16(), lambda net: net, id="before"),
     pytest.param(lambda net: net, lambda net: net.to(torch.bfloat16), id="to"),
-    pytest.param(lambda net: net, lambda net: net.load_state_dict(
-        {name: value.half() for name, value in net.state_dict().items()}, assign=True), id="load"),
     pytest.param(lambda net: net, lambda net: net.half(), id="half"),
     pytest.param(lambda net: net, lambda net: net.type(torch.float16), id="type"),
 ])
@@ -900,22 +895,7 @@ def test_scores_and_threshold_are_fp32_in_half_precision(before, after, default)
     assert_close(rows.scores, torch.full((7, 1), -2.001))
 
 
-# ------------------------------------------------------------------------ torch.func, torch.compile
-
-
-def test_func_gives_each_sample_its_own_gradient():
-    net = scatter(masked_net())
-    x = torch.randn(4, 5)
-    parameters = {name: p.detach() for name, p in net.named_parameters()}
-
-    def loss(parameters, row):
-        return torch.func.functional_call(net, parameters, (row,)).pow(2).sum()
-
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    # Together they are what backward() gives.
-    net(x).pow(2).sum().backward()
-    for name, parameter in net.named_parameters():
-        assert_close(each[name].sum(dim=0), parameter.grad)
+# ----------------------------------------------------------------------------------- torch.compile
 
 
 def test_compile_makes_one_graph_whatever_the_threshold_is():
