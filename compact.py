@@ -71,8 +71,7 @@ def check(model: BertForQuestionAnswering, small: BertForQuestionAnswering, feat
           config: ts.Config) -> tuple[int, float, float]:
     """Compare both models in fp64 on up to 256 random windows.
 
-    Every |Δ logit| at a real token must be under 1e-5 · max(1, max |logit|). So the best span can
-    only be another one if the first model scores the two within 4 times that.
+    Every |Δ logit| at a real token must be under 1e-5 · max(1, max |logit|).
     Returns the number of windows, the largest |Δ logit|, and what is allowed. Raises ValueError if
     the models differ by more.
     """
