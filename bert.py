@@ -226,9 +226,6 @@ def reading(path: str | Path):
     except Exception as error:
         # str() of a KeyError is the key alone, and torch's messages have many lines.
         reason = str(error) if isinstance(error, ValueError) else f"{error!r:.200}"
-        # A reading() inside this one has said the path already.
-        if reason.startswith(str(path)):
-            raise
         raise ValueError(f"{path}: {reason}") from error
 
 
@@ -236,12 +233,8 @@ def reading(path: str | Path):
 def replacing(path: str | Path):
     """Yields a temporary path. What is written to it then replaces `path`, all of it or nothing."""
     temporary = Path(f"{path}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        # The system names the temporary file, or none if the disk is full.
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+    yield temporary
+    os.replace(temporary, path)
 
 
 def read_json(path: str | Path) -> dict:
@@ -369,14 +362,14 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
         initialised, and what was loaded, ignored and left fresh is printed.
     """
     path = _weights_path(folder)
-    with reading(Path(folder, "config.json")):
-        model = BertForQuestionAnswering(load_config(folder))
+    model = BertForQuestionAnswering(load_config(folder))
     tensors = hf_tensors(model)
-    with reading(path):
-        if path.suffix == ".safetensors":
-            contents = read_safetensors(path)
-        else:
+    if path.suffix == ".safetensors":
+        contents = read_safetensors(path)
+    else:
+        with reading(path):
             contents = torch.load(path, "cpu", weights_only=True)       # runs no code of the file
+    with reading(path):
         saved = {}
         for name, tensor in contents.items():
             # BertModel saves without the prefix, and files from before 2019 have TensorFlow names.

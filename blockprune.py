@@ -483,7 +483,7 @@ def _check_same_group(scores: Tensor, weight: Tensor) -> None:
 
 
 def _check_share(share: BlockMask, grid: Sequence[int], kind: str) -> None:
-    if not isinstance(share, BlockMask) or kind != share.kind:
+    if kind != share.kind:
         raise ValueError(f"share takes a mask of the same kind, {kind!r}: {share}")
     theirs = share.owner.grid
     both_are_lines = min(grid) == min(theirs) == 1 and max(grid) == max(theirs)
@@ -578,12 +578,9 @@ def _check_tied(model: nn.Module) -> None:
 
 def _check_layers(before: Sequence[nn.Module], after: nn.Module, classes) -> None:
     """Plain layers are expected; the outputs of each of `before` are the inputs of `after`."""
-    layers = [*before, after]
-    for layer in layers:
+    for layer in [*before, after]:
         if not isinstance(layer, classes) or parametrize.is_parametrized(layer):
             raise ValueError(f"a plain layer of torch is expected, without masks: {layer}")
-    if len(set(layers)) < len(layers):
-        raise ValueError("one layer is given twice")
     for layer in before:
         if len(layer.weight) != after.weight.shape[1]:
             raise ValueError(f"as many outputs as {after} has inputs are expected, which is not so "

@@ -873,14 +873,13 @@ def evaluate(model: BertForQuestionAnswering, features: Features, config: Config
 
 def pick_device(wanted: str | None) -> str:
     """The device that is asked for; else a GPU that works, else the CPU."""
-    for device in [wanted] if wanted else ["cuda", "mps"]:
+    if wanted is not None:
+        return wanted
+    for device in ("cuda", "mps"):
         # A GPU may be there and compute nothing, if it is too old or too new for this torch.
-        try:
+        with contextlib.suppress(RuntimeError, AssertionError):
             torch.ones(2, device=device).sum().item()
             return device
-        except (RuntimeError, AssertionError) as error:
-            if wanted:
-                raise ValueError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
     return "cpu"
 
 
@@ -942,11 +941,7 @@ def save_checkpoint(out: Path, model, optimizer, device: str, step: int, seconds
     state = {"step": step, "seconds": seconds, "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "random_states": random_states}
     with replacing(out / "checkpoint.pt") as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:
-            # If the disk is full, torch's error says neither that nor which file it is.
-            raise OSError(f"the disk may be full ({error})") from error
+        torch.save(state, temporary)
 
 
 def restore(out: Path, model, optimizer, device: str) -> tuple[int, float]:
@@ -1004,8 +999,8 @@ def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
     add_masks(model, pruning["method"], pruning["block"])
     blockprune.set_threshold(model, pruning["threshold"])
     path = Path(folder, "pruning.safetensors")
+    tensors = read_safetensors(path)
     with reading(path):
-        tensors = read_safetensors(path)
         names = [name for name, _ in model.named_parameters() if "parametrizations" in name]
         if sorted(tensors) != sorted(names):
             raise ValueError("its tensors are not those of the model's masks")

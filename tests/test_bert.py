@@ -546,13 +546,3 @@ def test_replacing_leaves_the_old_file_or_the_new_one(tmp_path):
     assert path.read_text() == "1\n"
     write_json(path, 2)
     assert path.read_text() == "2\n" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_path_that_cannot_be_written_is_named(tmp_path):
-    for path in (tmp_path / "missing" / "file", tmp_path):
-        with pytest.raises(OSError) as error:
-            write_json(path, {})
-        assert str(path) in str(error.value) and ".tmp" not in str(error.value)
-    with pytest.raises(OSError, match="disk"):
-        with replacing(tmp_path / "file"):
-            raise OSError("the disk is full")
