@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -417,7 +418,7 @@ def save_model(model: BertForQuestionAnswering, folder: str | Path,
     values = {"architectures": ["BertForQuestionAnswering"], "model_type": "bert"}
     values.update(dataclasses.asdict(model.config))
     values.update(extra)
-    # 3. The tokenizer files and no others; some folders say the case in config.json.
+    # 3. The tokenizer. Some folders say the case in config.json.
     if tokenizer_from is not None:
         source = read_json(Path(tokenizer_from, "config.json"))
         if "do_lower_case" in source:
@@ -425,11 +426,7 @@ def save_model(model: BertForQuestionAnswering, folder: str | Path,
         for name in TOKENIZER_FILES:
             path = Path(tokenizer_from, name)
             if path.is_file():
-                content = path.read_bytes()
-                with replacing(folder / name) as temporary:
-                    temporary.write_bytes(content)
-            else:
-                (folder / name).unlink(missing_ok=True)
+                shutil.copyfile(path, folder / name)
     write_json(folder / "config.json", values)
 
 
@@ -466,15 +463,14 @@ def _sha256(path: Path) -> str:
 # Files that say how a text becomes ids. A folder has some of them.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")       # all of them are needed
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer | BertWordPieceTokenizer:
     """The tokenizer of a model folder: its tokenizer.json or, without one, its vocab.txt."""
-    vocab_size = load_config(folder).vocab_size
     config = read_json(Path(folder, "config.json"))
-    options = _optional_json(Path(folder, "tokenizer_config.json"))
-    added = _optional_json(Path(folder, "added_tokens.json"))
+    options = {}
+    if Path(folder, "tokenizer_config.json").is_file():
+        options = read_json(Path(folder, "tokenizer_config.json"))
     path = Path(folder, "tokenizer.json")
     if not path.is_file():
         path = Path(folder, "vocab.txt")
@@ -500,21 +496,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | BertWordPieceTokenizer:
             chinese = options.get("tokenize_chinese_chars", norm.handle_chinese_chars)
             norm.handle_chinese_chars = chinese
             tokenizer.normalizer = norm
-
-        # vocab.txt may lack tokens that other files add, and the embeddings may be too few.
-        decoder = options.get("added_tokens_decoder", {})
-        added_words = [*added, *[token["content"] for token in decoder.values()]]
-        ids = tokenizer.get_vocab()
-        missing = [word for word in [*SPECIAL_TOKENS, *added_words] if word not in ids]
-        if missing:
-            raise ValueError(f"special or added tokens are missing: {missing}")
-        if max(ids.values()) >= vocab_size:
-            raise ValueError(f"{len(ids)} words for {vocab_size} embeddings")
     return tokenizer
-
-
-def _optional_json(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
 
 
 def same_tokenizer(folder: str | Path, other: str | Path) -> bool:

@@ -157,7 +157,7 @@ def flops(config: BertConfig, length: int) -> int:
 
 @torch.no_grad()
 def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: int = 25,
-              precision: str = "fp32", device: str = "cpu") -> list[list[float]]:
+              device: str = "cpu") -> list[list[float]]:
     """Milliseconds of `repeats` forward passes of each model, on random ids without padding.
 
     The models take turns of two passes, of which the second counts: so each finds its weights and
@@ -172,16 +172,15 @@ def benchmark(models: list[torch.nn.Module], batch: int, length: int, repeats: i
     for model in models:
         model.eval().to(device)
     times: list[list[float]] = [[] for _ in models]
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        # The first turn warms up, and is left out of what is returned.
-        for _ in range(1 + repeats):
-            for model, own_times in zip(models, times):
-                model(ids)
-                synchronize()
-                start = time.perf_counter()
-                model(ids)
-                synchronize()
-                own_times.append(1000 * (time.perf_counter() - start))
+    # The first turn warms up, and is left out of what is returned.
+    for _ in range(1 + repeats):
+        for model, own_times in zip(models, times):
+            model(ids)
+            synchronize()
+            start = time.perf_counter()
+            model(ids)
+            synchronize()
+            own_times.append(1000 * (time.perf_counter() - start))
     return [own_times[1:] for own_times in times]
 
 

@@ -804,14 +804,6 @@ def test_a_limit_takes_the_first_of_a_seeded_shuffle(tmp_path):
     assert ids(7, seed=6) != ids(7)
 
 
-@pytest.mark.parametrize("questions, limit", [(3, 0), (3, -1), (0, None)])
-def test_without_questions_a_file_is_refused(tmp_path, questions, limit):
-    """Before anything is trained. A limit of −1 would take all but the last."""
-    write_json(tmp_path / "dev.json", as_file({f"q{n}": ["x"] for n in range(questions)}))
-    with pytest.raises(ValueError, match="dev.json: no question is left"):
-        ts.read_squad(tmp_path, "dev.json", limit)
-
-
 @pytest.mark.parametrize("old, new, message", [
     ('"data"', '"date"', "'data'"),
     ('"id": "two"', '"id": "one"', "two questions have the id 'one'"),
