@@ -39,7 +39,7 @@ train --init "$runs/dense-16" --teacher "$teacher" --epochs 4 --warmup-steps 10 
   --out "$runs/dense-20"
 
 # The same shape, with heads and dimensions left at random, trained on for as many epochs.
-run results/random_shape.py "$teacher" "$runs/hybrid-10-compact" "$runs/random"
+run results/cut_to_shape.py "$teacher" "$runs/hybrid-10-compact" "$runs/random" random
 train --init "$runs/random" --teacher "$teacher" --fill --epochs 10 --out "$runs/random-10"
 train --init "$runs/random-10" --teacher "$teacher" --fill --epochs 4 --out "$runs/random-14"
 
@@ -54,6 +54,10 @@ again --init "$teacher" --method hybrid --epochs 10 --score-lr 0.02 --final-lamb
 run compact.py "$runs/hybrid-10-seed-18" --data "$data" --out "$runs/hybrid-10-seed-18-compact"
 again --init "$runs/hybrid-10-seed-18-compact" --fill --epochs 4 \
   --out "$runs/hybrid-10-seed-18-filled"
+
+# The same shape, with the heads and dimensions of the largest weights, after 10 epochs.
+run results/cut_to_shape.py "$teacher" "$runs/hybrid-10-compact" "$runs/magnitude" magnitude
+train --init "$runs/magnitude" --teacher "$teacher" --fill --epochs 10 --out "$runs/magnitude-10"
 
 run compact.py --compare "$runs/dense-6" "$runs/dense-20" "$runs/hybrid-10-compact" \
   "$runs/hybrid-10-filled" "$runs/random-14" --data "$data"

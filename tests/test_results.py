@@ -15,8 +15,8 @@ import moments                                                              # no
 import pictures                                                             # noqa: E402
 import train_squad as ts                                                    # noqa: E402
 from bert import BertConfig, BertForQuestionAnswering, load_tokenizer, save_model   # noqa: E402
+from cut_to_shape import cut_to_shape                                       # noqa: E402
 from questions import write_questions                                       # noqa: E402
-from random_shape import random_shape                                       # noqa: E402
 
 
 SIZES = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20,
@@ -59,14 +59,32 @@ def test_a_table_holds_each_model_against_its_control(tmp_path, monkeypatch):
         figures.gain("X", "C")
 
 
-def test_a_random_shape_is_the_dense_model_with_parts_removed():
+@pytest.mark.parametrize("by", ["random", "magnitude"])
+def test_a_cut_to_shape_is_the_dense_model_with_parts_removed(by):
     torch.manual_seed(0)
     dense = BertForQuestionAnswering(BertConfig(10, **SIZES))
     shape = BertConfig(10, **SIZES, heads=[2, 0], ffn=[7, 20])
     rows = dense.bert.layers[0].ffn.fc1.weight.tolist()
-    small = random_shape(dense, shape, seed=1)
+    small = cut_to_shape(dense, shape, by)
     assert (small.config.heads, small.config.ffn) == ([2, 0], [7, 20])
     assert all(row in rows for row in small.bert.layers[0].ffn.fc1.weight.tolist())
+
+
+def test_by_magnitude_the_parts_of_the_largest_weights_are_left():
+    torch.manual_seed(0)
+    dense = BertForQuestionAnswering(BertConfig(10, **SIZES))
+    layer = dense.bert.layers[1]
+    # The second head is the largest by its columns of out, dimensions 3 and 8 by fc1 and by fc2.
+    with torch.no_grad():
+        layer.attention.out.weight[:, 4:8] += 1
+        layer.ffn.fc1.weight[3] += 1
+        layer.ffn.fc2.weight[:, 8] += 1
+    query = layer.attention.query.weight[4:8].tolist()
+    rows = layer.ffn.fc1.weight[[3, 8]].tolist()
+    shape = BertConfig(10, **SIZES, heads=[3, 1], ffn=[20, 2])
+    small = cut_to_shape(dense, shape, "magnitude").bert.layers[1]
+    assert small.attention.query.weight.tolist() == query
+    assert small.ffn.fc1.weight.tolist() == rows
 
 
 @pytest.fixture(scope="module")
