@@ -29,7 +29,12 @@ HEADLINE = [
     ("refilled", "headline/hybrid-10-filled", "6 + 10 + 4", CONTROL),
     ("the same shape at random", "headline/random-14", "6 + 10 + 4", CONTROL),
 ]
-# The same for other lengths of pruning.
+# Pruned and refilled once more, with another seed.
+SEEDS = [
+    ("pruned and compacted", "headline/hybrid-10-seed-18-compact", "6 + 10", CONTROL),
+    ("refilled", "headline/hybrid-10-seed-18-filled", "6 + 10 + 4", CONTROL),
+]
+# Other lengths of pruning.
 LENGTHS = [
     ("dense, for the next four rows", "epochs/teacher", "2", None),
     ("3 epochs, λ 33, score lr 0.066", "epochs/hybrid-3-compact", "2 + 3", "epochs/teacher"),
@@ -140,6 +145,33 @@ def models_table(of_rows: list[tuple], control_name: str = "control") -> str:
     return markdown(columns, rows)
 
 
+def left_in(folder: str) -> dict[str, list[set[int]]]:
+    """The heads and inner dimensions that compaction leaves in each layer.
+
+    Blocks must be as high as a head.
+    """
+    heads = []
+    dimensions = []
+    for layer in read(f"{folder}/masks.json").values():
+        of_value = {head for head, row in enumerate(layer["value"]) if "1" in row}
+        of_out = {head for row in layer["out"] for head, kept in enumerate(row) if kept == "1"}
+        heads.append(of_value & of_out)
+        dimensions.append({number for number, kept in enumerate(layer["fc1"]) if kept == "1"})
+    return {"heads": heads, "inner dimensions": dimensions}
+
+
+def overlap_table(folder: str, other: str) -> str:
+    """How much two models have left, how much of it is the same, and would be if it were drawn."""
+    rows = []
+    for part, number in (("heads", 12), ("inner dimensions", 1536)):
+        pairs = list(zip(left_in(folder)[part], left_in(other)[part]))
+        counts = [sum(len(a) for a, _ in pairs), sum(len(b) for _, b in pairs),
+                  sum(len(a & b) for a, b in pairs),
+                  sum(len(a) * len(b) / number for a, b in pairs)]
+        rows.append([part] + [f"{count:,.0f}" for count in counts])
+    return markdown(["left in all layers", "seed 17", "seed 18", "both", "both, by chance"], rows)
+
+
 def paper_table() -> str:
     """The authors' headline."""
     columns = ["model", "epochs", "F1", "EM", "weights kept", "heads", "speed",
@@ -228,6 +260,8 @@ def generated() -> dict[str, str]:
     log = (HERE / "builtin/log.txt").read_text(encoding="utf-8").splitlines()
     made = {
         "headline": models_table(HEADLINE),
+        "seeds": models_table(SEEDS),
+        "overlap": overlap_table(HEADLINE[2][1], SEEDS[0][1]),
         "paper": paper_table(),
         "epochs": models_table(LENGTHS, "its dense model"),
         "builtin-log": "\n" + "".join(f"    {line}\n" for line in log[-6:]),

@@ -59,6 +59,21 @@ def test_a_table_holds_each_model_against_its_control(tmp_path, monkeypatch):
         figures.gain("X", "C")
 
 
+def test_what_two_models_have_left_in_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    # A head is left if its row of value and its column of out have a block.
+    layers = {"A": {"value": ["10", "01", "11"], "out": ["101", "100"], "fc1": list("1100")},
+              "B": {"value": ["11", "00", "01"], "out": ["111", "000"], "fc1": list("0111")}}
+    for name, layer in layers.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "masks.json").write_text(json.dumps({"0": layer}), encoding="utf-8")
+    assert figures.left_in("A") == {"heads": [{0, 2}], "inner dimensions": [{0, 1}]}
+    assert figures.left_in("B") == {"heads": [{0, 2}], "inner dimensions": [{1, 2, 3}]}
+    _, _, heads, dimensions = figures.overlap_table("A", "B").splitlines()
+    assert heads == "| heads | 2 | 2 | 2 | 0 |"             # 2 · 2 / 12
+    assert dimensions == "| inner dimensions | 2 | 3 | 1 | 0 |"
+
+
 @pytest.mark.parametrize("by", ["random", "magnitude"])
 def test_a_cut_to_shape_is_the_dense_model_with_parts_removed(by):
     torch.manual_seed(0)
