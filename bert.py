@@ -262,7 +262,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a file, as slices of one buffer: the header cannot ask for more memory."""
     tensors = {}
-    with reading(path), open(path, "rb") as file:
+    with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         data_size = os.path.getsize(path) - 8 - header_size
         if data_size < 0:
@@ -365,12 +365,11 @@ def load_model(folder: str | Path, fresh_head: bool = False) -> BertForQuestionA
     path = _weights_path(folder)
     model = BertForQuestionAnswering(load_config(folder))
     tensors = hf_tensors(model)
-    if path.suffix == ".safetensors":
-        contents = read_safetensors(path)
-    else:
-        with reading(path):
-            contents = torch.load(path, "cpu", weights_only=True)       # runs no code of the file
     with reading(path):
+        if path.suffix == ".safetensors":
+            contents = read_safetensors(path)
+        else:
+            contents = torch.load(path, "cpu", weights_only=True)       # runs no code of the file
         saved = {}
         for name, tensor in contents.items():
             # BertModel saves without the prefix, and files from before 2019 have TensorFlow names.

@@ -997,8 +997,8 @@ def load_pruning(folder: str | Path) -> BertForQuestionAnswering:
     add_masks(model, pruning["method"], pruning["block"])
     blockprune.set_threshold(model, pruning["threshold"])
     path = Path(folder, "pruning.safetensors")
-    tensors = read_safetensors(path)
     with reading(path):
+        tensors = read_safetensors(path)
         names = [name for name, _ in model.named_parameters() if "parametrizations" in name]
         if sorted(tensors) != sorted(names):
             raise ValueError("its tensors are not those of the model's masks")
