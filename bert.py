@@ -240,10 +240,7 @@ def replacing(path: str | Path):
 
 def read_json(path: str | Path) -> dict:
     with reading(path):
-        values = json.loads(Path(path).read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError("a JSON object is expected")
-    return values
+        return json.loads(Path(path).read_bytes())
 
 
 def write_json(path: str | Path, values) -> None:

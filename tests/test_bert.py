@@ -462,7 +462,6 @@ def file_of(**row) -> bytes:
 
 
 BROKEN = {
-    "list": ("tokenizer_config.json", b"[]"),
     "not JSON": ("config.json", b'{"model_type": "bert"'),
     "a text": ("config.json", json.dumps(TINY | {"hidden_size": "12"}).encode()),
     "empty": ("model.safetensors", b""),
