@@ -422,7 +422,8 @@ def save_model(model: BertForQuestionAnswering, folder: str | Path,
         for name in TOKENIZER_FILES:
             path = Path(tokenizer_from, name)
             if path.is_file():
-                shutil.copyfile(path, folder / name)
+                with replacing(folder / name) as temporary:
+                    shutil.copyfile(path, temporary)
     write_json(folder / "config.json", values)
 
 
