@@ -29,6 +29,12 @@ HEADLINE = [
     ("refilled", "headline/hybrid-10-filled", "6 + 10 + 4", CONTROL),
     ("the same shape at random", "headline/random-14", "6 + 10 + 4", CONTROL),
 ]
+# Other choices of what is left, in the same shape.
+CHOICES = [
+    ("learned: pruned and compacted", "headline/hybrid-10-compact", "6 + 10", "headline/dense-16"),
+    ("the largest weights", "headline/magnitude-10", "6 + 10", "headline/dense-16"),
+    ("at random", "headline/random-10", "6 + 10", "headline/dense-16"),
+]
 # Pruned and refilled once more, with another seed.
 SEEDS = [
     ("pruned and compacted", "headline/hybrid-10-seed-18-compact", "6 + 10", CONTROL),
@@ -49,12 +55,13 @@ LENGTHS = [
 # The lines of the picture of F1 against epochs: the folders of models, and their epochs in all.
 TEACHER = ("headline/dense-6", 6)
 LINES = [
-    ("pruned and compacted, then refilled", pictures.GREEN,
+    ("pruned, then refilled", pictures.GREEN,
      [TEACHER, ("headline/hybrid-10-compact", 16), ("headline/hybrid-10-filled", 20)]),
     ("dense", pictures.BLUE,
      [("headline/dense-2", 2), TEACHER, ("headline/dense-16", 16), (CONTROL, 20)]),
     ("the same shape at random", "#8250df",
      [("headline/random-10", 16), ("headline/random-14", 20)]),
+    ("by magnitude", "#9a6700", [("headline/magnitude-10", 16)]),
 ]
 # The fine-pruning that the pictures of masks and of a run are of.
 PRUNED = "headline/hybrid-10"
@@ -260,6 +267,7 @@ def generated() -> dict[str, str]:
     log = (HERE / "builtin/log.txt").read_text(encoding="utf-8").splitlines()
     made = {
         "headline": models_table(HEADLINE),
+        "choices": models_table(CHOICES, "dense, 6 + 10 epochs"),
         "seeds": models_table(SEEDS),
         "overlap": overlap_table(HEADLINE[2][1], SEEDS[0][1]),
         "paper": paper_table(),
