@@ -20,18 +20,19 @@ from compact import compact                                                     
 def squares(layer, heads: int) -> tuple[Tensor, Tensor]:
     """The sum of the squared weights of each head, and of each inner dimension."""
     a = layer.attention
-    # Heads are rows of query, key and value, and columns of out.
+    # A head is D rows of query, key and value, and D columns of out.
     rows = torch.cat([a.query.weight, a.key.weight, a.value.weight, a.out.weight.T], dim=1)
-    of_heads = rows.pow(2).view(heads, -1).sum(1)
+    of_heads = rows.pow(2).view(heads, -1).sum(1)       # (H · D, 4 · E) to (H, D · 4 · E) to (H,)
+    # An inner dimension is a row of fc1 and a column of fc2.
     of_dimensions = layer.ffn.fc1.weight.pow(2).sum(1) + layer.ffn.fc2.weight.pow(2).sum(0)
     return of_heads, of_dimensions
 
 
 @torch.no_grad()
-def cut_to_shape(dense: BertForQuestionAnswering, shape: BertConfig, by: str,
-                 seed: int = 17) -> BertForQuestionAnswering:
+def cut_to_shape(dense: BertForQuestionAnswering, shape: BertConfig,
+                 by: str) -> BertForQuestionAnswering:
     """The dense model with shape.heads and shape.ffn left in its layers."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(17)
     D = dense.config.head_size
     for i, layer in enumerate(dense.bert.layers):
         # The order in which parts stay.

@@ -269,7 +269,7 @@ def generated() -> dict[str, str]:
         "headline": models_table(HEADLINE),
         "choices": models_table(CHOICES, "dense, 6 + 10 epochs"),
         "seeds": models_table(SEEDS),
-        "overlap": overlap_table(HEADLINE[2][1], SEEDS[0][1]),
+        "overlap": overlap_table(f"{PRUNED}-compact", f"{PRUNED}-seed-18-compact"),
         "paper": paper_table(),
         "epochs": models_table(LENGTHS, "its dense model"),
         "builtin-log": "\n" + "".join(f"    {line}\n" for line in log[-6:]),
